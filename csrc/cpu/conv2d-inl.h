@@ -1,0 +1,129 @@
+// Direct sparse convolution: one multiply-add per non-zero and output pixel, over a tile of a few
+// pixels whose im2col slice (128 rows k) stays in L1 while every output channel passes over it. The
+// order of the additions depends on the shape only, never on how tiles are dealt to threads.
+
+constexpr int kMostTileRows = 512;  // output channels whose sums one task keeps
+
+template <class T>
+void add_entries(const Entries<T>& entries, const T* columns, T* sums) {
+    constexpr int kTile = kTilePixels<T>;
+    constexpr int lanes = Vec<T>::lanes;
+    // Two sets of four sums: a fused multiply-add takes longer than four of them take to issue.
+    Vec<T> even[4], odd[4];
+    for (int i = 0; i < 4; ++i) {
+        even[i] = Vec<T>::load(sums + i * lanes);
+        odd[i] = Vec<T>::zero();
+    }
+    int e = 0;
+    for (; e + 1 < entries.count; e += 2) {
+        const Vec<T> first = Vec<T>::broadcast(entries.values[e]);
+        const Vec<T> second = Vec<T>::broadcast(entries.values[e + 1]);
+        const T* first_row = columns + entries.columns[e] * kTile;
+        const T* second_row = columns + entries.columns[e + 1] * kTile;
+        for (int i = 0; i < 4; ++i)
+            even[i] = fma(first, Vec<T>::load(first_row + i * lanes), even[i]);
+        for (int i = 0; i < 4; ++i)
+            odd[i] = fma(second, Vec<T>::load(second_row + i * lanes), odd[i]);
+    }
+    if (e < entries.count) {
+        const Vec<T> first = Vec<T>::broadcast(entries.values[e]);
+        const T* first_row = columns + entries.columns[e] * kTile;
+        for (int i = 0; i < 4; ++i)
+            even[i] = fma(first, Vec<T>::load(first_row + i * lanes), even[i]);
+    }
+    for (int i = 0; i < 4; ++i) (even[i] + odd[i]).store(sums + i * lanes);
+}
+
+// Bias, ReLU and the way into y, for rows m0 .. m0 + rows of one tile.
+template <class T>
+void store_tile(const Conv2dArgs<T>& args, const PixelRuns& runs, int64_t m0, int64_t rows,
+                T* sums) {
+    constexpr int kTile = kTilePixels<T>;
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int i = 0; i < kTile; ++i) {
+            sums[r * kTile + i] = finish(sums[r * kTile + i], args.bias, m0 + r, args.relu);
+        }
+    }
+    for (int j = 0; j < runs.count; ++j) {
+        const PixelRun& run = runs.runs[j];
+        T* y = args.y.data + run.image * args.y.stride_n + m0 * args.y.stride_c +
+               run.out_y * args.y.stride_h + run.out_x * args.y.stride_w;
+        if (args.y.stride_c == 1) {
+            for (int i = 0; i < run.length; ++i) {
+                for (int64_t r = 0; r < rows; ++r)
+                    y[i * args.y.stride_w + r] = sums[r * kTile + run.first + i];
+            }
+        } else {
+            for (int64_t r = 0; r < rows; ++r) {
+                for (int i = 0; i < run.length; ++i) {
+                    y[r * args.y.stride_c + i * args.y.stride_w] = sums[r * kTile + run.first + i];
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+struct Conv2dScratch {
+    T* columns;        // [kWindow, kTilePixels]
+    T* sums;           // [rows, kTilePixels]
+    int64_t* cursors;  // [rows]
+
+    Conv2dScratch(Carver& carver, int64_t rows)
+        : columns(carver.take<T>(kWindow * kTilePixels<T>)),
+          sums(carver.take<T>(rows * kTilePixels<T>)),
+          cursors(carver.take<int64_t>(rows)) {}
+};
+
+template <class T>
+void conv2d_impl(const Conv2dArgs<T>& args) {
+    constexpr int kTile = kTilePixels<T>;
+    const Weight<T>& w = args.weight;
+    const int64_t pixels = args.shape.pixels();
+    const int64_t group_rows = w.M / args.shape.groups;
+    const int64_t tiles = (pixels + kTile - 1) / kTile;
+    if (tiles == 0 || group_rows == 0) return;
+
+    // Few tiles, as in deep layers at batch 1: cut the rows as well, so that every thread has work.
+    int64_t rows = smaller(group_rows, int64_t{kMostTileRows});
+    while (rows > 32 &&
+           tiles * args.shape.groups * ((group_rows + rows - 1) / rows) < 4 * args.threads) {
+        rows = (rows + 1) / 2;
+    }
+    const int64_t row_blocks = (group_rows + rows - 1) / rows;
+
+    Carver measure(nullptr);
+    Conv2dScratch<T>(measure, rows);
+    const Scratch scratch(args.threads, measure.used());
+    const Decoder<T> decoder(w);
+#pragma omp parallel num_threads(args.threads)
+    {
+        Carver carver(scratch.of(omp_get_thread_num()));
+        const Conv2dScratch<T> s(carver, rows);
+        Entries<T> entries;
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < tiles * args.shape.groups * row_blocks; ++task) {
+            const int64_t group = task / row_blocks % args.shape.groups;
+            const int64_t pixel = task / row_blocks / args.shape.groups * kTile;
+            const int64_t block = task % row_blocks * rows;
+            const int64_t m0 = group * group_rows + block;
+            const int64_t task_rows = smaller(rows, group_rows - block);
+            const PixelRuns runs(args.shape, pixel,
+                                 static_cast<int>(smaller(pixels - pixel, int64_t{kTile})));
+
+            for (int64_t r = 0; r < task_rows; ++r) s.cursors[r] = w.row_start(m0 + r);
+            std::memset(s.sums, 0, sizeof(T) * task_rows * kTile);
+            for (int64_t window = 0; window < w.windows(); ++window) {
+                const int64_t k0 = window * kWindow;
+                gather_columns(args.shape, args.x, runs, group, k0,
+                               smaller(w.K - k0, int64_t{kWindow}), s.columns);
+                for (int64_t r = 0; r < task_rows; ++r) {
+                    decoder.entries(m0 + r, window, s.cursors[r], entries);
+                    s.cursors[r] += entries.count;
+                    add_entries(entries, s.columns, s.sums + r * kTile);
+                }
+            }
+            store_tile(args, runs, m0, task_rows, s.sums);
+        }
+    }
+}

@@ -1,0 +1,105 @@
+// Turns a window of 128 positions of one row into entries (column, code, value) or into dense
+// values. Included inside an ISA's namespace, after Vec, unpack_codes, Codebook and
+// columns_of_mask; it therefore includes nothing itself.
+
+// Entries of one window. The arrays are longer than a window because vector stores write whole
+// vectors.
+template <class T>
+struct Entries {
+    alignas(64) uint8_t columns[kWindow + 64];  // place in the window
+    alignas(64) uint8_t codes[kWindow + 64];
+    alignas(64) T values[kWindow + 64];
+    int count;
+};
+
+template <class T>
+class Decoder {
+  public:
+    explicit Decoder(const Weight<T>& weight) : w_(weight), book_(weight.codebook, weight.bits) {}
+
+    // Index of the first entry of `window` in row m: what the row pointer says plus the entries
+    // before it.
+    int64_t cursor(int64_t m, int64_t window) const {
+        int64_t entry = w_.row_start(m);
+        for (int64_t i = 0; i < window; ++i) entry += count(m, i);
+        return entry;
+    }
+
+    int count(int64_t m, int64_t window) const {
+        if (w_.layout == Layout::kWindow) return w_.positions[m * w_.windows() + window];
+        const int64_t k = window * kWindow;
+        return __builtin_popcountll(mask(m, k)) + __builtin_popcountll(mask(m, k + 64));
+    }
+
+    // Fills columns, codes and values; `entry` is the window's cursor.
+    void entries(int64_t m, int64_t window, int64_t entry, Entries<T>& out) const {
+        if (w_.layout == Layout::kWindow) {
+            out.count = count(m, window);
+            std::memcpy(out.columns, places(entry), out.count);
+        } else {
+            const int64_t k = window * kWindow;
+            const int low = columns_of_mask(mask(m, k), 0, out.columns);
+            out.count = low + columns_of_mask(mask(m, k + 64), 64, out.columns + low);
+        }
+        values(entry, out.count, out.codes, out.values);
+    }
+
+    // As `entries`, for callers that read out.codes: 8-bit codes are looked up in place otherwise.
+    void entries_with_codes(int64_t m, int64_t window, int64_t entry, Entries<T>& out) const {
+        entries(m, window, entry, out);
+        if (w_.bits == 8) std::memcpy(out.codes, w_.codes + entry, out.count);
+    }
+
+    // Values of `count` entries in a row, from a cursor on. Both buffers are longer by 64 than the
+    // count.
+    void values(int64_t entry, int count, uint8_t* codes, T* values) const {
+        if (w_.bits == 8) {
+            book_.lookup(w_.codes + entry, count, values);
+        } else {
+            unpack_codes(w_.codes, entry * w_.bits, w_.bits, count, codes);
+            book_.lookup(codes, count, values);
+        }
+    }
+
+    // Writes kWindow values, zeros between the entries; returns the number of entries.
+    int dense(int64_t m, int64_t window, int64_t entry, Entries<T>& buffer, T* dense) const {
+        constexpr int lanes = Vec<T>::lanes;
+        if (w_.layout == Layout::kWindow) {
+            entries(m, window, entry, buffer);
+            std::memset(dense, 0, kWindow * sizeof(T));
+            for (int e = 0; e < buffer.count; ++e) dense[buffer.columns[e]] = buffer.values[e];
+            return buffer.count;
+        }
+        buffer.count = count(m, window);
+        values(entry, buffer.count, buffer.codes, buffer.values);
+        const T* next = buffer.values;
+        for (int k = 0; k < kWindow; k += 64) {
+            const uint64_t word = mask(m, window * kWindow + k);
+            for (int i = 0; i < 64; i += lanes) {
+                const uint64_t part = word >> i & ((uint64_t{1} << lanes) - 1);
+                Vec<T>::expand(next, part).store(dense + k + i);
+                next += __builtin_popcountll(part);
+            }
+        }
+        return buffer.count;
+    }
+
+    // Mask bits of columns k .. k + 63, k a multiple of 64; bits past the row's end belong to the
+    // next row and are cleared.
+    uint64_t mask(int64_t m, int64_t k) const {
+        const int64_t left = w_.K - k;
+        if (left <= 0) return 0;
+        uint64_t word;
+        std::memcpy(&word, w_.positions + m * w_.mask_row_bytes() + k / 8, sizeof(word));
+        return left >= 64 ? word : word & ((uint64_t{1} << left) - 1);
+    }
+
+    // Window layout: the place in its window of entry `entry` and those after it.
+    const uint8_t* places(int64_t entry) const {
+        return w_.positions + w_.M * w_.windows() + entry;
+    }
+
+  private:
+    const Weight<T>& w_;
+    Codebook<T> book_;
+};
