@@ -1,0 +1,392 @@
+"""QuantSparseWeight: a pruned matrix whose remaining values are codes into a small codebook.
+
+The surprise: only the packed form is kept. CSR arrays, the logical form, are made on request; they
+would cost three to eight bytes an entry where the packed form costs little more than the code.
+Soundness is proven here, once, when a weight is made or loaded; the kernels rely on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import packing, proofs
+from .packing import READ_PADDING, Layout
+
+__all__ = ["Layout", "QuantSparseWeight"]
+
+
+class QuantSparseWeight:
+    """A matrix [M, K] in packed form; the value of a non-zero is `codebook[code]`.
+
+    A convolution's weight [M, C / groups, kernel_h, kernel_w] is the matrix with
+    K = C / groups * kernel_h * kernel_w. Pruned positions are absent: no code is spent on zero.
+
+    Attributes:
+        shape: (M, K).
+        bits: of a code, 1 to 8.
+        layout: how columns are kept, `Layout.MASK` or `Layout.WINDOW`, whichever is smaller.
+        row_ptr: int32 [M + 1] (int64 past 2^31 non-zeros), where each row's entries start.
+        positions: uint8, the columns in `layout`, with read padding.
+        codes: uint8, `bits` bits an entry, with read padding.
+        codebook: float32 [2^bits]; may be a `torch.nn.Parameter`.
+
+    Make one with `from_dense`, `from_csr` or `from_scipy`; the constructor takes the packed
+    arrays and proves them.
+
+    Raises:
+        TypeError: an array has the wrong dtype.
+        ValueError: an array is malformed; the message names it, the position and the value.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        bits: int,
+        row_ptr: Tensor,
+        positions: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+    ) -> None:
+        M, K = proofs.prove_shape(shape)
+        proofs.prove_bits(bits)
+        proofs.prove_dtype("positions", positions, torch.uint8)
+        proofs.prove_dtype("codes", codes, torch.uint8)
+        proofs.prove_dtype("row_ptr", row_ptr, torch.int32, torch.int64)
+        devices = {str(t.device) for t in (row_ptr, positions, codes, codebook)}
+        if len(devices) > 1:
+            raise ValueError(
+                f"row_ptr, positions, codes and codebook are on different devices "
+                f"({', '.join(sorted(devices))}); move them to one first"
+            )
+        proofs.prove_codebook(codebook, bits)
+        rows = row_ptr.detach().cpu().numpy().astype(np.int64)
+        proofs.prove_row_ptr(rows, M)
+        nnz = int(rows[-1])
+        layout = packing.choose_layout(M, K, nnz)
+        expected = packing.position_bytes(layout, M, K, nnz) + READ_PADDING
+        proofs.prove_size("positions", positions, expected, f"{layout.name.lower()} layout")
+        proofs.prove_size(
+            "codes",
+            codes,
+            packing.code_bytes(nnz, bits) + READ_PADDING,
+            f"{nnz} codes of {bits} bits",
+        )
+        proofs.prove_positions(layout, positions.detach().cpu().numpy(), rows, M, K)
+        self._assign(shape, bits, layout, nnz, row_ptr, positions, codes, codebook)
+
+    def _assign(
+        self,
+        shape: tuple[int, int],
+        bits: int,
+        layout: Layout,
+        nnz: int,
+        row_ptr: Tensor,
+        positions: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+    ) -> QuantSparseWeight:
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.bits = bits
+        self.layout = layout
+        self.nnz = nnz
+        self.row_ptr = row_ptr
+        self.positions = positions
+        self.codes = codes
+        self.codebook = codebook
+        return self
+
+    @classmethod
+    def trusted(
+        cls,
+        shape: tuple[int, int],
+        bits: int,
+        layout: Layout,
+        nnz: int,
+        row_ptr: Tensor,
+        positions: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+    ) -> QuantSparseWeight:
+        """Puts together arrays that came out of a proven weight, without proving them again."""
+        return cls.__new__(cls)._assign(
+            shape, bits, layout, nnz, row_ptr, positions, codes, codebook
+        )
+
+    # ---- making one ----
+
+    @classmethod
+    def from_csr(
+        cls,
+        row_ptr: Any,
+        col_ind: Any,
+        codes: Any,
+        codebook: Any,
+        shape: tuple[int, int],
+        bits: int,
+    ) -> QuantSparseWeight:
+        """From CSR arrays (numpy arrays or torch tensors), the logical form.
+
+        Args:
+            row_ptr: int32 or int64 [M + 1], monotone from 0 to nnz.
+            col_ind: uint16, int32 or int64 [nnz], strictly increasing in each row, < K.
+            codes: uint8 [nnz], each < 2^bits.
+            codebook: float32 [2^bits], finite.
+            shape: (M, K).
+            bits: 1 to 8.
+
+        Raises:
+            TypeError: an array has the wrong dtype.
+            ValueError: an array is malformed; the message names it, the position and the value.
+        """
+        M, K = proofs.prove_shape(shape)
+        proofs.prove_bits(bits)
+        rows = proofs.as_numpy("row_ptr", row_ptr, np.int32, np.int64).astype(np.int64)
+        columns = proofs.as_numpy("col_ind", col_ind, np.uint16, np.int32, np.int64)
+        code = proofs.as_numpy("codes", codes, np.uint8)
+        book = codebook if isinstance(codebook, Tensor) else torch.as_tensor(np.asarray(codebook))
+        proofs.prove_codebook(book, bits)
+        if book.dtype != torch.float32:
+            raise TypeError(f"codebook has dtype {book.dtype}, expected torch.float32")
+        proofs.prove_row_ptr(rows, M)
+        nnz = int(rows[-1])
+        for name, array in (("col_ind", columns), ("codes", code)):
+            if array.shape != (nnz,):
+                raise ValueError(
+                    f"{name} has shape {array.shape}, but row_ptr[{M}] = {nnz} promises ({nnz},)"
+                )
+        proofs.prove_columns(rows, columns, K)
+        proofs.prove_codes(code, bits)
+        return cls._pack(rows, columns, code, book, (M, K), bits)
+
+    @classmethod
+    def _pack(
+        cls,
+        row_ptr: NDArray[np.int64],
+        col_ind: NDArray,
+        codes: NDArray[np.uint8],
+        codebook: Tensor,
+        shape: tuple[int, int],
+        bits: int,
+    ) -> QuantSparseWeight:
+        M, K = shape
+        nnz = int(row_ptr[-1])
+        layout = packing.choose_layout(M, K, nnz)
+        device = codebook.device
+        index = torch.int32 if nnz < 1 << 31 else torch.int64
+        return cls.trusted(
+            shape,
+            bits,
+            layout,
+            nnz,
+            torch.from_numpy(row_ptr).to(device, index),
+            torch.from_numpy(packing.pack_positions(layout, row_ptr, col_ind, M, K)).to(device),
+            torch.from_numpy(packing.pack_codes(codes, bits)).to(device),
+            codebook,
+        )
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, codebook: Tensor, mask: Tensor | None = None
+    ) -> QuantSparseWeight:
+        """From a dense tensor, each kept value replaced by its nearest codebook entry.
+
+        Args:
+            weight: floating, [M, ...]; dimensions after the first are flattened to K.
+            codebook: float32 [2^bits], in any order; its length gives the bits. Of two entries
+                equally near, the smaller is taken.
+            mask: bool, of the weight's shape, True where a weight is kept; None keeps the
+                non-zeros.
+
+        Raises:
+            TypeError: a dtype is wrong.
+            ValueError: a kept weight is not finite, the mask has another shape, or the length of
+                the codebook is no power of two from 2 to 256.
+        """
+        if not weight.is_floating_point():
+            raise TypeError(f"weight has dtype {weight.dtype}, expected a floating dtype")
+        entries = codebook.numel()
+        bits = entries.bit_length() - 1
+        if codebook.dim() != 1 or entries != 1 << bits or not 1 <= bits <= 8:
+            raise ValueError(
+                f"codebook has shape {tuple(codebook.shape)}, expected [2^bits] with bits 1 to 8"
+            )
+        if mask is not None and mask.shape != weight.shape:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}, but weight has {tuple(weight.shape)}"
+            )
+        if mask is not None:
+            proofs.prove_dtype("mask", mask, torch.bool)
+        proofs.prove_codebook(codebook, bits)
+        matrix = weight.detach().reshape(weight.shape[0], -1)
+        keep = matrix != 0 if mask is None else mask.reshape(matrix.shape)
+        values = matrix[keep].float().cpu()
+        if not torch.isfinite(values).all():
+            bad = (keep & ~torch.isfinite(matrix)).nonzero()[0].tolist()
+            raise ValueError(
+                f"weight[{bad[0]}, {bad[1]}] is {matrix[bad[0], bad[1]].item()}, "
+                "expected finite weights"
+            )
+        return cls.from_mask(keep, _nearest(values, codebook), codebook.to(weight.device))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, codes: Tensor, codebook: Tensor) -> QuantSparseWeight:
+        """From the mask of kept positions and the codes of the kept weights, in row order.
+
+        Args:
+            mask: bool [M, K].
+            codes: uint8 [nnz], each < 2^bits.
+            codebook: float32 [2^bits]; its length gives the bits.
+
+        Raises:
+            TypeError: a dtype is wrong.
+            ValueError: the number of codes is not the number of kept positions, or a code is too
+                large.
+        """
+        proofs.prove_dtype("mask", mask, torch.bool)
+        bits = codebook.numel().bit_length() - 1
+        proofs.prove_bits(bits)
+        proofs.prove_codebook(codebook, bits)
+        M, K = proofs.prove_shape(tuple(mask.shape))
+        code = proofs.as_numpy("codes", codes, np.uint8)
+        proofs.prove_codes(code, bits)
+        kept = mask.cpu().numpy()
+        row_ptr = np.zeros(M + 1, np.int64)
+        np.cumsum(np.count_nonzero(kept, axis=1), out=row_ptr[1:])
+        if code.shape != (row_ptr[-1],):
+            raise ValueError(
+                f"codes has shape {code.shape}, but the mask keeps {row_ptr[-1]} positions"
+            )
+        dtype = np.uint16 if K <= 1 << 16 else np.int32
+        columns = [np.nonzero(kept[rows])[1].astype(dtype) for rows in packing.row_chunks(M, K)]
+        col_ind = np.concatenate(columns) if columns else np.zeros(0, dtype)
+        return cls._pack(row_ptr, col_ind, code, codebook, (M, K), bits)
+
+    @classmethod
+    def from_scipy(
+        cls, matrix: Any, codebook: Tensor | NDArray | None = None, bits: int | None = None
+    ) -> QuantSparseWeight:
+        """From a `scipy.sparse.csr_matrix` (or `csr_array`) of values.
+
+        Args:
+            matrix: float [M, K], columns sorted and not repeated.
+            codebook: float32 [2^bits], to whose entries the values are moved; None: the distinct
+                values of the matrix are the codebook and nothing is lost.
+            bits: with codebook None, the width to use; default the smallest that fits.
+
+        Raises:
+            ValueError: more than 2^bits distinct values and no codebook, or a malformed matrix.
+        """
+        values = np.asarray(matrix.data, np.float32)
+        if codebook is None:
+            distinct = np.unique(values)
+            needed = max(1, int(len(distinct) - 1).bit_length())
+            bits = needed if bits is None else bits
+            if needed > bits or needed > 8:
+                raise ValueError(
+                    f"matrix has {len(distinct)} distinct values, too many for "
+                    f"{min(bits, 8)} bits; give a codebook to round them to"
+                )
+            last = distinct[-1] if len(distinct) else np.float32(0)
+            codebook = np.concatenate(
+                [distinct, np.full((1 << bits) - len(distinct), last, np.float32)]
+            )
+        book = torch.as_tensor(np.asarray(codebook, np.float32))
+        codes = _nearest(torch.from_numpy(values), book)
+        if not np.isfinite(values).all():
+            at = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise ValueError(f"matrix.data[{at}] is {values[at]}, expected finite values")
+        return cls.from_csr(
+            matrix.indptr, matrix.indices, codes, book, matrix.shape, book.numel().bit_length() - 1
+        )
+
+    # ---- reading one ----
+
+    def to_csr(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The logical form: (row_ptr, col_ind, codes).
+
+        row_ptr is int32 or int64 [M + 1], col_ind uint16 (int32 when K > 65,536) [nnz], codes
+        uint8 [nnz]; all on the weight's device.
+        """
+        M, K = self.shape
+        rows = self.row_ptr.cpu().numpy().astype(np.int64)
+        positions = self.positions.cpu().numpy()
+        columns = packing.unpack_positions(self.layout, positions, rows, M, K)
+        codes = packing.unpack_codes(self.codes.cpu().numpy(), self.nnz, self.bits)
+        device = self.device
+        return (
+            self.row_ptr.clone(),
+            torch.from_numpy(columns).to(device),
+            torch.from_numpy(codes).to(device),
+        )
+
+    def to_scipy(self) -> Any:
+        """A `scipy.sparse.csr_matrix` of float32 values."""
+        from scipy.sparse import csr_matrix
+
+        rows, columns, codes = (t.cpu().numpy() for t in self.to_csr())
+        values = self.codebook.detach().float().cpu().numpy()[codes]
+        return csr_matrix((values, columns.astype(np.int64), rows), shape=self.shape)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense matrix [M, K], by default in the codebook's dtype; differentiable in it."""
+        row_ptr, col_ind, codes = self.to_csr()
+        M, K = self.shape
+        rows = torch.repeat_interleave(
+            torch.arange(M, device=codes.device), row_ptr.diff().long(), output_size=self.nnz
+        )
+        dense = torch.zeros(M, K, dtype=self.codebook.dtype, device=codes.device).index_put(
+            (rows, col_ind.long()), self.codebook[codes.long()]
+        )
+        return dense if dtype is None else dense.to(dtype)
+
+    def to(self, device: torch.device | str) -> QuantSparseWeight:
+        """The same weight on another device."""
+        return self.trusted(
+            self.shape,
+            self.bits,
+            self.layout,
+            self.nnz,
+            self.row_ptr.to(device),
+            self.positions.to(device),
+            self.codes.to(device),
+            self.codebook.to(device),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arrays live."""
+        return self.codes.device
+
+    @property
+    def density(self) -> float:
+        """Non-zeros / positions; 0 for an empty matrix."""
+        return self.nnz / (self.shape[0] * self.shape[1]) if 0 not in self.shape else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of everything: positions, codes, row_ptr, codebook and padding."""
+        tensors = (self.row_ptr, self.positions, self.codes, self.codebook)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def __repr__(self) -> str:
+        M, K = self.shape
+        dense = 4 * M * K
+        share = f", {self.nbytes / dense:.1%} of float32" if dense else ""
+        return (
+            f"QuantSparseWeight([{M}, {K}], {self.bits} bits, density {self.density:.3f}, "
+            f"{self.nnz:,} non-zeros, {self.layout.name.lower()} layout, "
+            f"{self.nbytes:,} bytes{share}, device={self.device})"
+        )
+
+
+def _nearest(values: Tensor, codebook: Tensor) -> Tensor:
+    """Code of the nearest entry, uint8; of two equally near, the smaller entry's."""
+    book, order = torch.sort(codebook.detach().float().cpu(), stable=True)
+    return order.to(torch.uint8)[
+        torch.bucketize(values, (book[1:] + book[:-1]) / 2, out_int32=True)
+    ]
