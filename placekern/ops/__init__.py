@@ -1,0 +1,11 @@
+"""The ops on compressed weights, registered with `torch.library`: one file an op.
+
+`torch.ops.placekern.linear` and its sisters take the packed arrays as bare tensors; the functions
+here take a `QuantSparseWeight` and fill them in.
+"""
+
+from .conv2d import conv2d
+from .kmeans_assign import kmeans_assign
+from .linear import linear
+
+__all__ = ["conv2d", "kmeans_assign", "linear"]

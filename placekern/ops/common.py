@@ -1,0 +1,178 @@
+"""What the ops share: the library that holds them, their checks, and how gradients return.
+
+The checks see sizes, dtypes and devices; what the arrays hold was proven when the weight was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..packing import READ_PADDING, Layout, mask_bytes
+from ..weight import QuantSparseWeight
+
+library = torch.library.Library("placekern", "DEF")
+
+WEIGHT = (
+    "Tensor row_ptr, Tensor positions, Tensor codes, Tensor codebook, int K, int bits, int layout"
+)
+"""Schema of a QuantSparseWeight [M, K]; M comes with row_ptr, K is stated."""
+
+
+def register(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], devices: tuple[str, ...]
+) -> None:
+    """Defines an op by its schema, its fake, and one kernel for the dispatch keys `devices`."""
+    name = schema.split("(", 1)[0]
+    library.define(schema)
+    for device in devices:
+        library.impl(name, kernel, device)
+    torch.library.register_fake(f"placekern::{name}", fake, lib=library)
+
+
+def register_gradients(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> None:
+    """Adds autograd and autocast to a registered op."""
+    torch.library.register_autograd(
+        f"placekern::{name}", backward, setup_context=setup_context, lib=library
+    )
+    op = getattr(torch.ops.placekern, name).default
+    library.impl(name, _autocast(op, "cpu", "AutocastCPU"), "AutocastCPU")
+    library.impl(name, _autocast(op, "cuda", "AutocastCUDA"), "AutocastCUDA")
+
+
+def check(condition: bool, message: Callable[[], str]) -> None:
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message())
+
+
+def check_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None) -> None:
+    """Checks the arrays of a weight, x and bias against each other, for op `op`."""
+    w = weight
+    for name, tensor, dtypes in (
+        ("row_ptr", w.row_ptr, (torch.int32, torch.int64)),
+        ("positions", w.positions, (torch.uint8,)),
+        ("codes", w.codes, (torch.uint8,)),
+    ):
+        check(
+            tensor.dtype in dtypes,
+            lambda name=name, tensor=tensor, dtypes=dtypes: (
+                f"{op}: {name} has dtype {tensor.dtype}, expected {dtypes[0]}"
+            ),
+        )
+    for name, tensor in (("x", x), ("codebook", w.codebook), ("bias", bias)):
+        check(
+            tensor is None or tensor.is_floating_point(),
+            lambda name=name, tensor=tensor: (
+                f"{op}: {name} has dtype {tensor.dtype}, expected a floating dtype"
+            ),
+        )
+    for name, tensor in (*w._asdict().items(), ("bias", bias)):
+        check(
+            not isinstance(tensor, Tensor) or tensor.device == x.device,
+            lambda name=name, tensor=tensor: (
+                f"{op}: {name} is on {tensor.device}, but x is on {x.device}; "
+                "move the layer or x to one device"
+            ),
+        )
+    check(
+        w.codebook.dim() == 1 and w.codebook.shape[0] == 1 << w.bits,
+        lambda: (
+            f"{op}: codebook has shape {tuple(w.codebook.shape)}, expected ({1 << w.bits},) "
+            f"for {w.bits} bits"
+        ),
+    )
+    smallest = READ_PADDING + (mask_bytes(w.M, w.K) if w.layout == Layout.MASK else 0)
+    check(
+        w.positions.numel() >= smallest,
+        lambda: (
+            f"{op}: positions has {w.positions.numel()} bytes, expected at least {smallest} "
+            f"for [{w.M}, {w.K}]"
+        ),
+    )
+    check(
+        bias is None or tuple(bias.shape) == (w.M,),
+        lambda: f"{op}: bias has shape {tuple(bias.shape)}, expected ({w.M},)",
+    )
+
+
+def weight(
+    row_ptr: Tensor,
+    positions: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    K: int,
+    bits: int,
+    layout: int,
+) -> _native.Weight:
+    """The arrays of a weight as an op receives them, put together; M comes from row_ptr."""
+    M = row_ptr.shape[0] - 1
+    return _native.Weight(M, K, bits, layout, row_ptr, positions, codes, codebook)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What sums are made in: float64 for float64 x, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def ready(weight: _native.Weight, dtype: torch.dtype) -> _native.Weight:
+    """The weight with its codebook in the dtype that the kernel computes in."""
+    return weight._replace(codebook=weight.codebook.detach().to(dtype).contiguous())
+
+
+def no_cuda(op: str, x: Tensor) -> None:
+    """Refuses CUDA tensors where an op has no CUDA kernel."""
+    if x.is_cuda:
+        raise NotImplementedError(
+            f"{op} has no CUDA kernel yet; move the layer and its input to the CPU"
+        )
+
+
+def codebook_sums(weight: _native.Weight) -> Tensor:
+    """Where a backward kernel writes the gradient of the codebook: float64 [2^bits]."""
+    return torch.empty(1 << weight.bits, dtype=torch.float64)
+
+
+def as_codebook_gradient(weight: _native.Weight, sums: Tensor | None) -> Tensor:
+    """The sums in the codebook's dtype; an empty tensor when there are none."""
+    return weight.codebook.new_empty(0) if sums is None else sums.to(weight.codebook.dtype)
+
+
+def gradients(
+    wanted: list[bool],
+    grad_x: Tensor | None,
+    grad_codebook: Tensor | None,
+    grad_bias: Tensor | None,
+    inputs: int,
+) -> tuple[Tensor | None, ...]:
+    """One entry per input of the forward op: x is input 0, the codebook 4, the bias 8."""
+    gradients: list[Tensor | None] = [None] * inputs
+    gradients[0] = grad_x if wanted[0] else None
+    gradients[4] = grad_codebook if wanted[1] else None
+    gradients[8] = grad_bias
+    return tuple(gradients)
+
+
+def arrays(weight: QuantSparseWeight) -> tuple[Any, ...]:
+    """A weight as the seven arguments of common.WEIGHT."""
+    w = weight
+    return w.row_ptr, w.positions, w.codes, w.codebook, w.shape[1], w.bits, int(w.layout)
+
+
+def _autocast(op: Callable[..., Tensor], device: str, key: str) -> Callable[..., Tensor]:
+    """x in the autocast dtype; the codebook stays exact, which autocast's own rule would round."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(x: Tensor, *args: Any) -> Tensor:
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(x, *args)
+
+    return kernel

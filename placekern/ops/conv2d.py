@@ -1,0 +1,219 @@
+"""`conv2d`: whatever nn.Conv2d takes (groups, strides, paddings, dilations), on compressed weights.
+
+The output takes x's memory format, and neither format is copied into the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..weight import QuantSparseWeight
+from . import common
+
+_SIZES = "int[2] kernel_size, int[2] stride, int[4] padding, int[2] dilation, int groups"
+
+
+def conv2d(
+    x: Tensor,
+    weight: QuantSparseWeight,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] | tuple[int, int, int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    relu: bool = False,
+) -> Tensor:
+    """2-D convolution straight from the compressed weight.
+
+    Args:
+        x: floating [batch, C, height, width], contiguous or channels_last; the output follows it.
+        weight: [M, C / groups * kernel_h * kernel_w], k = (channel * kernel_h + ky) * kernel_w
+            + kx.
+        bias: floating [M] or None.
+        kernel_size: (height, width) in pixels.
+        stride: (vertical, horizontal) in pixels.
+        padding: zeros around the image in pixels, (vertical, horizontal) or (top, bottom, left,
+            right).
+        dilation: (vertical, horizontal) in pixels.
+        groups: of channels; M and C are divisible by it.
+        relu: applies ReLU to y in the same pass.
+
+    Returns:
+        y [batch, M, out_height, out_width] in x's dtype. Sums are float32 (float64 for float64 x).
+
+    Raises:
+        ValueError: a size, a dtype or a device does not fit.
+    """
+    if len(padding) == 2:
+        padding = (padding[0], padding[0], padding[1], padding[1])
+    return torch.ops.placekern.conv2d(
+        x, *common.arrays(weight), bias, kernel_size, stride, padding, dilation, groups, relu
+    )
+
+
+def _out_size(size: int, before: int, after: int, kernel: int, stride: int, dilation: int) -> int:
+    return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _conv2d_shape(
+    x: Tensor,
+    weight: _native.Weight,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> dict[str, Any]:
+    common.check(
+        x.dim() == 4,
+        lambda: f"conv2d: x has shape {tuple(x.shape)}, expected [batch, C, height, width]",
+    )
+    for name, values, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+        ("groups", [groups], 1),
+    ):
+        common.check(
+            min(values) >= least,
+            lambda name=name, values=values, least=least: (
+                f"conv2d: {name} is {tuple(values)}, expected at least {least}"
+            ),
+        )
+    batch, channels, height, width = x.shape
+    taps = kernel_size[0] * kernel_size[1]
+    common.check(
+        weight.K % taps == 0 and channels == weight.K // taps * groups,
+        lambda: (
+            f"conv2d: x has {channels} channels, expected groups * K / (kernel_h * kernel_w) = "
+            f"{groups} * {weight.K} / {taps}"
+        ),
+    )
+    common.check(
+        weight.M % groups == 0,
+        lambda: f"conv2d: M = {weight.M} output channels do not divide into {groups} groups",
+    )
+    top, bottom, left, right = padding
+    out_height = _out_size(height, top, bottom, kernel_size[0], stride[0], dilation[0])
+    out_width = _out_size(width, left, right, kernel_size[1], stride[1], dilation[1])
+    common.check(
+        out_height > 0 and out_width > 0,
+        lambda: (
+            f"conv2d: kernel {tuple(kernel_size)} with dilation {tuple(dilation)} does not fit "
+            f"into the padded image of {height + top + bottom} x {width + left + right} pixels"
+        ),
+    )
+    return {
+        "batch": batch,
+        "groups": groups,
+        "channels": weight.K // taps,
+        "height": height,
+        "width": width,
+        "out_height": out_height,
+        "out_width": out_width,
+        "kernel_h": kernel_size[0],
+        "kernel_w": kernel_size[1],
+        "stride_h": stride[0],
+        "stride_w": stride[1],
+        "padding_top": top,
+        "padding_left": left,
+        "dilation_h": dilation[0],
+        "dilation_w": dilation[1],
+    }
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _conv2d_empty(x: Tensor, weight: _native.Weight, shape: dict[str, Any]) -> Tensor:
+    size = (shape["batch"], weight.M, shape["out_height"], shape["out_width"])
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+def _conv2d_fake(x: Tensor, *args: Any) -> Tensor:
+    weight, bias, sizes = common.weight(*args[:7]), args[7], args[8:13]
+    common.check_weight("conv2d", x, weight, bias)
+    return _conv2d_empty(x, weight, _conv2d_shape(x, weight, *sizes))
+
+
+def _conv2d(x: Tensor, *args: Any) -> Tensor:
+    weight, bias, sizes, relu = common.weight(*args[:7]), args[7], args[8:13], args[13]
+    common.check_weight("conv2d", x, weight, bias)
+    common.no_cuda("conv2d", x)
+    shape = _conv2d_shape(x, weight, *sizes)
+    dtype = common.compute_dtype(x)
+    image = x.detach().to(dtype)
+    y = _conv2d_empty(image, weight, shape)
+    offset = None if bias is None else bias.detach().to(dtype).contiguous()
+    _native.conv2d(common.ready(weight, dtype), shape, image, offset, y, relu)
+    return y.to(x.dtype)
+
+
+def _conv2d_backward_fake(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    codebook, wanted = args[3], args[12]
+    grad_x = torch.empty_like(x, memory_format=_memory_format(x)) if wanted[0] else x.new_empty(0)
+    return grad_x, codebook.new_empty(codebook.shape if wanted[1] else (0,))
+
+
+def _conv2d_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    weight, sizes, wanted = common.weight(*args[:7]), args[7:12], args[12]
+    common.check_weight("conv2d_backward", x, weight, None)
+    common.no_cuda("conv2d_backward", x)
+    shape = _conv2d_shape(x, weight, *sizes)
+    dtype = common.compute_dtype(x)
+    image = x.detach().to(dtype)
+    grad_x = torch.zeros_like(image, memory_format=_memory_format(x)) if wanted[0] else None
+    sums = common.codebook_sums(weight) if wanted[1] else None
+    _native.conv2d_backward(
+        common.ready(weight, dtype), shape, image, grad_y.detach().to(dtype), grad_x, sums
+    )
+    return (
+        x.new_empty(0) if grad_x is None else grad_x.to(x.dtype),
+        common.as_codebook_gradient(weight, sums),
+    )
+
+
+def _setup_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, row_ptr, positions, codes, codebook, K, bits, layout, bias, *sizes, relu = inputs
+    ctx.save_for_backward(x, row_ptr, positions, codes, codebook, bias, output if relu else None)
+    ctx.sizes = (K, bits, layout, *sizes)
+
+
+def _conv2d_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, row_ptr, positions, codes, codebook, bias, output = ctx.saved_tensors
+    if output is not None:
+        grad_y = torch.ops.aten.threshold_backward(grad_y, output, 0)
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[4]]
+    grad_x = grad_codebook = grad_bias = None
+    if any(wanted):
+        grad_x, grad_codebook = torch.ops.placekern.conv2d_backward(
+            grad_y, x, row_ptr, positions, codes, codebook, *ctx.sizes, wanted
+        )
+    if ctx.needs_input_grad[8]:
+        grad_bias = grad_y.sum((0, 2, 3)).to(bias.dtype)
+    return common.gradients(wanted, grad_x, grad_codebook, grad_bias, 15)
+
+
+common.register(
+    f"conv2d(Tensor x, {common.WEIGHT}, Tensor? bias, {_SIZES}, bool relu) -> Tensor",
+    _conv2d,
+    _conv2d_fake,
+    ("CPU", "CUDA"),
+)
+common.register(
+    f"conv2d_backward(Tensor grad_y, Tensor x, {common.WEIGHT}, {_SIZES}, bool[2] wanted) "
+    "-> (Tensor, Tensor)",
+    _conv2d_backward,
+    _conv2d_backward_fake,
+    ("CPU", "CUDA"),
+)
+common.register_gradients("conv2d", _conv2d_autograd, _setup_conv2d)

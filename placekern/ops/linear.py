@@ -1,0 +1,127 @@
+"""`linear`: y = x weight^T + bias for any leading dimensions of x.
+
+The codebook is an ordinary differentiable input: its gradient is the sum over all positions that
+share a code, and the dense gradient never exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..weight import QuantSparseWeight
+from . import common
+
+
+def linear(
+    x: Tensor, weight: QuantSparseWeight, bias: Tensor | None = None, *, relu: bool = False
+) -> Tensor:
+    """y = x weight^T + bias, straight from the compressed weight.
+
+    Args:
+        x: floating [..., K].
+        weight: [M, K].
+        bias: floating [M] or None.
+        relu: applies ReLU to y in the same pass.
+
+    Returns:
+        y [..., M] in x's dtype. Sums are float32 (float64 for float64 x).
+
+    Raises:
+        ValueError: a size, a dtype or a device does not fit.
+    """
+    return torch.ops.placekern.linear(x, *common.arrays(weight), bias, relu)
+
+
+def _linear_check(x: Tensor, weight: _native.Weight, bias: Tensor | None) -> None:
+    common.check_weight("linear", x, weight, bias)
+    common.check(
+        x.dim() >= 1 and x.shape[-1] == weight.K,
+        lambda: f"linear: x has shape {tuple(x.shape)}, expected [..., K = {weight.K}]",
+    )
+
+
+def _linear_fake(x: Tensor, *args: Any) -> Tensor:
+    weight, (bias, _) = common.weight(*args[:7]), args[7:]
+    _linear_check(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.M))
+
+
+def _linear(x: Tensor, *args: Any) -> Tensor:
+    weight, (bias, relu) = common.weight(*args[:7]), args[7:]
+    _linear_check(x, weight, bias)
+    if x.is_cuda and _native.cuda_devices() == 0:
+        raise RuntimeError(
+            "linear: x is on a CUDA device, but placekern was built without CUDA; reinstall it "
+            "with PLACEKERN_CUDA=on, or move the layer to the CPU"
+        )
+    dtype = common.compute_dtype(x)
+    if x.is_cuda and dtype == torch.float64:
+        raise NotImplementedError("linear: float64 runs on the CPU only; use float32 on CUDA")
+    flat = x.detach().reshape(-1, weight.K).to(dtype).contiguous()
+    y = flat.new_empty((flat.shape[0], weight.M))
+    offset = None if bias is None else bias.detach().to(dtype).contiguous()
+    _native.linear(common.ready(weight, dtype), flat, offset, y, relu)
+    return y.reshape(*x.shape[:-1], weight.M).to(x.dtype)
+
+
+def _linear_backward_fake(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    codebook, wanted = args[3], args[7]
+    grad_x = x.new_empty(x.shape if wanted[0] else (0,))
+    return grad_x, codebook.new_empty(codebook.shape if wanted[1] else (0,))
+
+
+def _linear_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    weight, wanted = common.weight(*args[:7]), args[7]
+    _linear_check(x, weight, None)
+    common.no_cuda("linear_backward", x)
+    dtype = common.compute_dtype(x)
+    flat = x.detach().reshape(-1, weight.K).to(dtype).contiguous()
+    flat_grad_y = grad_y.detach().reshape(-1, weight.M).to(dtype).contiguous()
+    grad_x = torch.empty_like(flat) if wanted[0] else None
+    sums = common.codebook_sums(weight) if wanted[1] else None
+    _native.linear_backward(common.ready(weight, dtype), flat, flat_grad_y, grad_x, sums)
+    return (
+        x.new_empty(0) if grad_x is None else grad_x.reshape(x.shape).to(x.dtype),
+        common.as_codebook_gradient(weight, sums),
+    )
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, row_ptr, positions, codes, codebook, K, bits, layout, bias, relu = inputs
+    ctx.save_for_backward(x, row_ptr, positions, codes, codebook, bias, output if relu else None)
+    ctx.sizes = (K, bits, layout)
+
+
+def _linear_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, row_ptr, positions, codes, codebook, bias, output = ctx.saved_tensors
+    if output is not None:
+        grad_y = torch.ops.aten.threshold_backward(grad_y, output, 0)
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[4]]
+    grad_x = grad_codebook = grad_bias = None
+    if any(wanted):
+        grad_x, grad_codebook = torch.ops.placekern.linear_backward(
+            grad_y, x, row_ptr, positions, codes, codebook, *ctx.sizes, wanted
+        )
+    if ctx.needs_input_grad[8]:
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0).to(bias.dtype)
+    return common.gradients(wanted, grad_x, grad_codebook, grad_bias, 10)
+
+
+common.register(
+    f"linear(Tensor x, {common.WEIGHT}, Tensor? bias, bool relu) -> Tensor",
+    _linear,
+    _linear_fake,
+    ("CPU", "CUDA"),
+)
+common.register(
+    f"linear_backward(Tensor grad_y, Tensor x, {common.WEIGHT}, bool[2] wanted) "
+    "-> (Tensor, Tensor)",
+    _linear_backward,
+    _linear_backward_fake,
+    ("CPU", "CUDA"),
+)
+common.register_gradients("linear", _linear_autograd, _setup_linear)
