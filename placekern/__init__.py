@@ -1,0 +1,23 @@
+"""Pruned, codebook-quantized networks that run straight from their compressed weights."""
+
+from ._native import available_isas, get_isa, set_isa
+from ._version import __version__
+from .compress import CompressConfig, CompressReport, compress_
+from .io import load, save
+from .nn import QuantSparseConv2d, QuantSparseLinear
+from .weight import QuantSparseWeight
+
+__all__ = [
+    "CompressConfig",
+    "CompressReport",
+    "QuantSparseConv2d",
+    "QuantSparseLinear",
+    "QuantSparseWeight",
+    "__version__",
+    "available_isas",
+    "compress_",
+    "get_isa",
+    "load",
+    "save",
+    "set_isa",
+]

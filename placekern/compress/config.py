@@ -1,0 +1,122 @@
+"""CompressConfig: what is done to a layer, with exceptions by name, pattern or type."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..weight import QuantSparseWeight
+from . import prune, quantize
+
+_METHODS = ("kmeans", "uniform")
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """How layers are pruned and quantized.
+
+    Args:
+        bits: of a code, 1 to 8; a layer's codebook has 2^bits entries.
+        threshold: weights with |w| below it are pruned; None prunes only zeros.
+        sparsity: share of the weights to prune, 0 to 1, smallest first; instead of a threshold.
+        method: "kmeans" (non-uniform) or "uniform" levels.
+        layers: exceptions, from a layer's name, a pattern of names ("features.*") or a type
+            ("Conv2d", "Linear") to a config, a dict of the fields that differ, or None to leave
+            the layer dense. The name goes before a pattern, a pattern before the type, the type
+            before the default.
+
+    Raises:
+        ValueError: a field is out of range or unknown.
+    """
+
+    bits: int = 8
+    threshold: float | None = None
+    sparsity: float | None = None
+    method: str = "kmeans"
+    layers: Mapping[str, CompressConfig | Mapping[str, Any] | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
+            raise ValueError(f"bits is {self.bits!r}, expected an integer from 1 to 8")
+        if self.threshold is not None and self.sparsity is not None:
+            raise ValueError(
+                f"threshold = {self.threshold} and sparsity = {self.sparsity} are both given; "
+                "choose one"
+            )
+        if self.threshold is not None and not 0 <= self.threshold < float("inf"):
+            raise ValueError(f"threshold is {self.threshold}, expected a finite number >= 0")
+        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
+            raise ValueError(f"sparsity is {self.sparsity}, expected 0 to 1")
+        if self.method not in _METHODS:
+            raise ValueError(f"method is {self.method!r}, expected one of {', '.join(_METHODS)}")
+        for name, setting in self.layers.items():
+            self._merged(name, setting)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> CompressConfig:
+        """A config from plain values, as they come out of JSON or YAML.
+
+        Raises:
+            ValueError: a key is unknown or a value out of range.
+        """
+        _check_keys(settings, "config")
+        return cls(**settings)
+
+    def for_layer(self, name: str, module: nn.Module) -> CompressConfig | None:
+        """The setting of one layer, None when it stays dense."""
+        patterns = [key for key in self.layers if fnmatch.fnmatchcase(name, key)]
+        for key in (name, *patterns, type(module).__name__):
+            if key in self.layers:
+                return self._merged(key, self.layers[key])
+        return self
+
+    def _merged(
+        self, name: str, setting: CompressConfig | Mapping[str, Any] | None
+    ) -> CompressConfig | None:
+        if setting is None or isinstance(setting, CompressConfig):
+            return setting
+        _check_keys(setting, f"layers[{name!r}]")
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        if "threshold" in setting or "sparsity" in setting:
+            own |= {"threshold": None, "sparsity": None}  # an exception replaces the way to prune
+        return CompressConfig(**(own | dict(setting)))
+
+    def mask(self, weight: Tensor) -> Tensor:
+        """True where a weight is kept; bool, of the weight's shape."""
+        if self.sparsity is not None:
+            return prune.sparsity_mask(weight, self.sparsity)
+        return prune.threshold_mask(weight, self.threshold or 0.0)
+
+    def compress_tensor(self, weight: Tensor) -> QuantSparseWeight:
+        """Prunes and quantizes one weight [M, ...]; dimensions after the first become K.
+
+        Raises:
+            ValueError: the weight is not finite.
+        """
+        matrix = weight.detach().float().reshape(weight.shape[0], -1)
+        if not torch.isfinite(matrix).all():
+            row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
+            raise ValueError(
+                f"weight[{row}, {column}] is {matrix[row, column].item()}, expected finite weights"
+            )
+        mask = self.mask(matrix)
+        values = matrix[mask].cpu()
+        fit = quantize.fit_kmeans if self.method == "kmeans" else quantize.fit_uniform
+        codebook = fit(values, 1 << self.bits)
+        codes, _, _ = ops.kmeans_assign(values, codebook)
+        return QuantSparseWeight.from_mask(mask, codes, codebook.to(weight.device))
+
+
+def _check_keys(settings: Mapping[str, Any], where: str) -> None:
+    known = [f.name for f in fields(CompressConfig)]
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        raise ValueError(
+            f"{where} has the unknown key {unknown[0]!r}, expected one of {', '.join(known)}"
+        )

@@ -1,0 +1,126 @@
+"""What compression did: a row a layer, totals, and a table that prints itself."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One compressed layer.
+
+    Attributes:
+        name: in the model.
+        kind: "Conv2d" or "Linear".
+        shape: of the dense weight.
+        bits: of a code.
+        nnz: non-zeros kept.
+        relative_error: |weight - compressed| / |weight|, Frobenius norms.
+        dense_bytes: of weight and bias in float32.
+        resident_bytes: of the compressed weight and bias in memory.
+        disk_bytes: of the compressed weight and bias in a file, without the file's header.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bits: int
+    nnz: int
+    relative_error: float
+    dense_bytes: int
+    resident_bytes: int
+    disk_bytes: int
+
+    @property
+    def weights(self) -> int:
+        """Positions of the dense weight."""
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        return size
+
+    @property
+    def density(self) -> float:
+        """Non-zeros / positions."""
+        return self.nnz / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """All compressed layers of a model; `str()` gives a table.
+
+    Attributes:
+        layers: a row a layer, in the model's order.
+        other_bytes: parameters and buffers of the layers left as they are.
+    """
+
+    layers: tuple[LayerReport, ...]
+    other_bytes: int
+
+    @property
+    def pruned(self) -> float:
+        """Share of the compressed layers' weights that are gone, 0 to 1."""
+        weights = sum(layer.weights for layer in self.layers)
+        return 1 - sum(layer.nnz for layer in self.layers) / weights if weights else 0.0
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the whole model before, in float32."""
+        return self.other_bytes + sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the whole model's tensors in memory now."""
+        return self.other_bytes + sum(layer.resident_bytes for layer in self.layers)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the whole model's tensors in a file, without the file's header."""
+        return self.other_bytes + sum(layer.disk_bytes for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "layers": [asdict(layer) | {"density": layer.density} for layer in self.layers],
+            "pruned": self.pruned,
+            "dense_bytes": self.dense_bytes,
+            "resident_bytes": self.resident_bytes,
+            "disk_bytes": self.disk_bytes,
+        }
+
+    def table(self) -> Table:
+        """The report as a rich table; kB are 1,000 bytes."""
+        table = Table(title=f"{len(self.layers)} layers compressed, {self.pruned:.1%} pruned")
+        table.add_column("layer", overflow="fold")
+        table.add_column("weight", no_wrap=True)
+        for heading in ("bits", "density", "rel. error", "dense kB", "resident kB", "disk kB"):
+            table.add_column(heading, justify="right")
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                "x".join(str(extent) for extent in layer.shape),
+                str(layer.bits),
+                f"{layer.density:.3f}",
+                f"{layer.relative_error:.4f}",
+                *(_kilo(b) for b in (layer.dense_bytes, layer.resident_bytes, layer.disk_bytes)),
+            )
+        table.add_section()
+        other = _kilo(self.other_bytes)
+        table.add_row("other tensors", "", "", "", "", other, other, other)
+        totals = (self.dense_bytes, self.resident_bytes, self.disk_bytes)
+        table.add_row("total", "", "", "", "", *(_kilo(b) for b in totals), style="bold")
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=110).print(self.table())
+        return text.getvalue().rstrip("\n")
+
+
+def _kilo(size: int) -> str:
+    return f"{size / 1000:,.1f}"

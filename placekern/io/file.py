@@ -1,0 +1,288 @@
+"""save and load: one .safetensors file, readable by any safetensors reader; no pickle.
+
+Compressed layers are stored as two zstd streams and a codebook (docs/format.md), everything else
+as plain tensors. A layer's sizes in the file are compared with the model's before anything is
+unpacked, so that a damaged header cannot ask for memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..nn import QuantSparseConv2d, QuantSparseLinear, QuantSparseModule, replace_module
+from ..nn import quant_sparse_layers as _layers
+from . import streams
+from .architectures import build_architecture
+
+FORMAT_VERSION = 1
+
+_KINDS: dict[str, Any] = {"Conv2d": QuantSparseConv2d, "Linear": QuantSparseLinear}
+_ARRAYS = ("row_ptr", "positions", "codes", "codebook")
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
+    """Writes a model to one .safetensors file, beside and then renamed.
+
+    Args:
+        model: any module; compressed layers are entropy-coded. `model.architecture`, when there,
+            lets `load` rebuild the model by name.
+        path: of the file; an existing one is replaced in one step.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    entries = []
+    first: dict[int, str] = {}  # of weights shared by several layers: who stores them
+    skip = set()
+    for name, layer in _layers(model):
+        weight = layer.weight
+        kind = "Conv2d" if isinstance(layer, QuantSparseConv2d) else "Linear"
+        entry: dict[str, Any] = {
+            "name": name,
+            "kind": kind,
+            "shape": list(weight.shape),
+            "bits": weight.bits,
+            "nnz": weight.nnz,
+            "relu": layer.relu,
+        }
+        if id(layer.codes) in first:
+            entry["shares"] = first[id(layer.codes)]
+        else:
+            first[id(layer.codes)] = name
+            positions, codes = streams.encode(weight)
+            tensors[f"{name}.positions"] = positions
+            tensors[f"{name}.codes"] = codes
+            tensors[f"{name}.codebook"] = weight.codebook.detach().cpu().float().contiguous()
+        entries.append(entry)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantSparseModule):
+            skip.update(f"{name}.{array}" if name else array for array in _ARRAYS)
+
+    aliases = {}
+    stored: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in skip:
+            continue
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in stored:
+            aliases[name] = stored[key]
+        else:
+            stored[key] = name
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+    header = {
+        "format": FORMAT_VERSION,
+        "architecture": getattr(model, "architecture", None),
+        "layers": entries,
+        "aliases": aliases,
+    }
+    _write(path, tensors, {"placekern": json.dumps(header, sort_keys=True)})
+    return path.stat().st_size
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of a file: format, architecture, and a table of the compressed layers.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a placekern file, or of a format that this version cannot read.
+    """
+    with _open(path) as file:
+        return _header(file, path)
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Reads a file written by `save`.
+
+    Args:
+        path: of the file.
+        model: a fresh model of the same architecture, dense or compressed, on any device (also
+            "meta"); its layers are swapped in place. None: it is rebuilt from the architecture's
+            name in the file.
+
+    Returns:
+        The model, in eval mode when it was rebuilt.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a placekern file, is damaged, or does not fit the model.
+    """
+    with _open(path) as file:
+        header = _header(file, path)
+        if model is None:
+            architecture = header["architecture"]
+            if not architecture:
+                raise ValueError(
+                    f"{path} does not name its architecture; pass a fresh model: load(path, model)"
+                )
+            with torch.device("meta"):  # no memory for dense weights that are about to be replaced
+                model = build_architecture(architecture["name"], architecture["kwargs"])
+            model.eval()
+        _fill(model, file, header, path)
+    return model
+
+
+def _open(path: str | os.PathLike[str]) -> Any:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a sound safetensors file ({error})") from None
+
+
+def _header(file: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
+    text = (file.metadata() or {}).get("placekern")
+    if text is None:
+        raise ValueError(f"{path} is a safetensors file, but not one written by placekern.save")
+    try:
+        header = json.loads(text)
+        version = header["format"]
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{path} has a damaged placekern header") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {version}, this version of placekern reads {FORMAT_VERSION}; "
+            "install a newer placekern"
+        )
+    sound = (
+        isinstance(header.get("layers"), list)
+        and isinstance(header.get("aliases"), dict)
+        and all(_sound_entry(entry) for entry in header["layers"])
+        and _sound_architecture(header.get("architecture"))
+    )
+    if not sound:
+        raise ValueError(f"{path} has a damaged placekern header")
+    return header
+
+
+def _sound_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and entry.get("kind") in _KINDS
+        and isinstance(entry.get("shape"), list)
+        and len(entry["shape"]) == 2
+        and all(type(value) is int for value in (*entry["shape"], entry.get("nnz")))
+        and type(entry.get("bits")) is int
+        and 1 <= entry["bits"] <= 8
+        and isinstance(entry.get("shares", ""), str)
+    )
+
+
+def _sound_architecture(architecture: Any) -> bool:
+    return architecture is None or (
+        isinstance(architecture, dict)
+        and isinstance(architecture.get("name"), str)
+        and isinstance(architecture.get("kwargs"), dict)
+    )
+
+
+def _fill(
+    model: nn.Module, file: Any, header: dict[str, Any], path: str | os.PathLike[str]
+) -> None:
+    names = set(file.keys())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers: dict[str, QuantSparseModule] = {}
+    for entry in header["layers"]:
+        name = entry["name"]
+        module = modules.get(name)
+        _check_fits(entry, module, path)
+        if "shares" in entry:
+            if entry["shares"] not in layers:
+                raise ValueError(f"{path}: {name} shares the weight of an unknown layer")
+            weight = layers[entry["shares"]].weight
+        else:
+            arrays = [_tensor(file, names, f"{name}.{array}", path) for array in _ARRAYS[1:]]
+            weight = streams.decode(
+                name, tuple(entry["shape"]), entry["bits"], entry["nnz"], *arrays
+            )
+        layer = _KINDS[entry["kind"]].from_weight(weight, module)
+        layer.relu = bool(entry.get("relu", False))
+        device = next(module.parameters()).device
+        if device.type != "meta":
+            layer.to(device)
+        replace_module(model, module, layer)
+        modules = {key: layer if value is module else value for key, value in modules.items()}
+        layers[name] = layer
+
+    compressed = {
+        f"{name}.{array}" if name else array
+        for name, module in modules.items()
+        if isinstance(module, QuantSparseModule)
+        for array in _ARRAYS
+    }
+    plain = {name: file.get_tensor(name) for name in names - compressed}
+    plain |= {
+        alias: plain[source] for alias, source in header["aliases"].items() if source in plain
+    }
+    assign = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    try:
+        result = model.load_state_dict(plain, strict=False, assign=assign)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit the model: {reason}") from None
+    missing = [key for key in result.missing_keys if key not in compressed]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{path} does not fit the model: missing in the file {missing or 'nothing'}, "
+            f"missing in the model {result.unexpected_keys or 'nothing'}"
+        )
+
+
+def _check_fits(
+    entry: dict[str, Any], module: nn.Module | None, path: str | os.PathLike[str]
+) -> None:
+    name = entry["name"]
+    dense, compressed = (
+        (nn.Conv2d, QuantSparseConv2d)
+        if entry["kind"] == "Conv2d"
+        else (nn.Linear, QuantSparseLinear)
+    )
+    if not isinstance(module, (dense, compressed)):
+        found = "no module" if module is None else f"a {type(module).__name__}"
+        raise ValueError(
+            f"{path}: {name} is a compressed {entry['kind']}, but the model has {found} there"
+        )
+    weight = module.weight
+    shape = [weight.shape[0], weight.shape[1:].numel()] if isinstance(weight, Tensor) else None
+    expected = shape or list(weight.shape)
+    if entry["shape"] != expected:
+        raise ValueError(f"{path}: {name} is {entry['shape']}, but the model's is {expected}")
+
+
+def _tensor(file: Any, names: set[str], name: str, path: str | os.PathLike[str]) -> Tensor:
+    if name not in names:
+        raise ValueError(f"{path} has no tensor {name}")
+    return file.get_tensor(name)

@@ -1,0 +1,371 @@
+"""QuantSparseConv2d and QuantSparseLinear: modules that hold and run compressed weights.
+
+They take the arguments of `nn.Conv2d` and `nn.Linear`. Their parameters are `codebook` and `bias`;
+the packed arrays are buffers, of a size that depends on the density, so loading a state_dict makes
+room of the right size first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .weight import Layout, QuantSparseWeight
+
+__all__ = ["QuantSparseConv2d", "QuantSparseLinear", "quant_sparse_layers", "replace_module"]
+
+_BUFFERS = ("row_ptr", "positions", "codes")
+
+
+class QuantSparseModule(nn.Module):
+    """What both modules share: the compressed weight as buffers and a trainable codebook."""
+
+    row_ptr: Tensor
+    positions: Tensor
+    codes: Tensor
+
+    def __init__(self, shape: tuple[int, int], bits: int) -> None:
+        super().__init__()
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+            raise ValueError(f"bits is {bits!r}, expected an integer from 1 to 8")
+        self.bits = bits
+        self._shape = shape
+        self._layout = Layout.MASK
+        self._nnz = 0
+        for name in _BUFFERS:
+            self.register_buffer(name, None)
+        self.codebook: nn.Parameter
+        self.register_parameter("codebook", None)
+
+    @property
+    def weight(self) -> QuantSparseWeight:
+        """The compressed weight; shares its arrays and the codebook with the module."""
+        return QuantSparseWeight.trusted(
+            self._shape,
+            self.bits,
+            self._layout,
+            self._nnz,
+            self.row_ptr,
+            self.positions,
+            self.codes,
+            self.codebook,
+        )
+
+    @weight.setter
+    def weight(self, weight: QuantSparseWeight) -> None:
+        if weight.shape != self._shape or weight.bits != self.bits:
+            raise ValueError(
+                f"weight is {list(weight.shape)} with {weight.bits} bits, expected "
+                f"{list(self._shape)} with {self.bits} bits"
+            )
+        self._layout = weight.layout
+        self._nnz = weight.nnz
+        for name in _BUFFERS:
+            setattr(self, name, getattr(weight, name))
+        book = weight.codebook
+        self.codebook = book if isinstance(book, nn.Parameter) else nn.Parameter(book)
+
+    def _initialise(self, bound: float, device: Any, dtype: torch.dtype | None) -> None:
+        """Uniform weights in +-bound, at full density, on a uniform codebook."""
+        dtype = dtype or torch.get_default_dtype()
+        if torch.device(device or torch.get_default_device()).type == "meta":
+            self.codebook = nn.Parameter(torch.empty(1 << self.bits, device="meta", dtype=dtype))
+            for name in _BUFFERS:
+                kind = torch.int32 if name == "row_ptr" else torch.uint8
+                setattr(self, name, torch.empty(0, dtype=kind, device="meta"))
+            return
+        dense = torch.empty(self._shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound)
+        codebook = torch.linspace(-bound, bound, 1 << self.bits, device="cpu")
+        keep = torch.ones_like(dense, dtype=torch.bool)
+        self.weight = QuantSparseWeight.from_dense(dense, codebook, keep)
+        self.to(device=device, dtype=dtype)
+
+    def _make_bias(self, size: int, bound: float, device: Any, dtype: torch.dtype | None) -> None:
+        bias = torch.empty(size, device=device, dtype=dtype)
+        self.bias = nn.Parameter(bias.uniform_(-bound, bound))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # The arrays have the size that the file's density gives them: make room of that size, after
+        # proving them, and let torch copy or assign as it does for any buffer.
+        incoming = [state_dict.get(prefix + name) for name in (*_BUFFERS, "codebook")]
+        if all(tensor is not None for tensor in incoming):
+            try:
+                proven = QuantSparseWeight(self._shape, self.bits, *incoming)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+                return
+            self._layout = proven.layout
+            self._nnz = proven.nnz
+            for name, tensor in zip(_BUFFERS, incoming, strict=False):
+                setattr(self, name, torch.empty_like(tensor, device=self.codebook.device))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the compressed weight and the bias."""
+        bias = self.bias
+        return self.weight.nbytes + (0 if bias is None else bias.numel() * bias.element_size())
+
+
+class QuantSparseLinear(QuantSparseModule):
+    """`nn.Linear` on a compressed weight.
+
+    Args:
+        in_features: K.
+        out_features: M.
+        bias: adds a trainable bias [M].
+        device: where the layer lives; "meta" makes one that is only good for loading into.
+        dtype: of codebook and bias, float32 by default.
+        bits: of a code, 1 to 8.
+        relu: applies ReLU to the output in the same pass.
+
+    Shape: x [..., K] -> y [..., M], in x's dtype.
+
+    Raises:
+        ValueError: bits is not 1 to 8, or (in forward) a size, dtype or device does not fit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bits: int = 8,
+        relu: bool = False,
+    ) -> None:
+        super().__init__((out_features, in_features), bits)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.relu = relu
+        bound = 1 / math.sqrt(in_features) if in_features else 0.0
+        self._initialise(bound, device, dtype)
+        self.bias: nn.Parameter | None
+        if bias:
+            self._make_bias(out_features, bound, device, dtype)
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_float(cls, module: nn.Linear, config: Any) -> QuantSparseLinear:
+        """Compresses an `nn.Linear`.
+
+        Args:
+            module: the dense layer; left as it is. Its bias parameter is shared.
+            config: a `placekern.CompressConfig`.
+        """
+        return cls.from_weight(config.compress_tensor(module.weight), module)
+
+    @classmethod
+    def from_weight(cls, weight: QuantSparseWeight, module: nn.Linear) -> QuantSparseLinear:
+        """A layer with this weight [out, in], and bias and sizes of the dense `module`."""
+        layer = cls(module.in_features, module.out_features, False, device="meta", bits=weight.bits)
+        return _adopt(layer, weight, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out_features] of x [..., in_features]."""
+        return ops.linear(x, self.weight, self.bias, relu=self.relu)
+
+    def to_dense(self) -> nn.Linear:
+        """The same layer as an `nn.Linear`, weights decoded."""
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        return _decode(layer, self)
+
+    def extra_repr(self) -> str:
+        """Sizes, bits and density."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {_describe(self)}"
+        )
+
+
+class QuantSparseConv2d(QuantSparseModule):
+    """`nn.Conv2d` on a compressed weight.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype: as in `nn.Conv2d`.
+        bits: of a code, 1 to 8.
+        relu: applies ReLU to the output in the same pass.
+
+    Shape: x [batch, C, height, width] or [C, height, width] -> y alike, in x's dtype and memory
+    format.
+
+    Raises:
+        ValueError: an argument that `nn.Conv2d` refuses too, bits not 1 to 8, or (in forward) a
+            size, dtype or device that does not fit.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bits: int = 8,
+        relu: bool = False,
+    ) -> None:
+        # nn.Conv2d checks and normalises the arguments, and knows what 'same' means.
+        like = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            False,
+            padding_mode,
+            device="meta",
+        )
+        K = in_channels // groups * like.kernel_size[0] * like.kernel_size[1]
+        super().__init__((out_channels, K), bits)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = like.kernel_size
+        self.stride = like.stride
+        self.padding = like.padding
+        self.dilation = like.dilation
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.relu = relu
+        left, right, top, bottom = like._reversed_padding_repeated_twice
+        self._padding = (top, bottom, left, right)
+        bound = 1 / math.sqrt(K) if K else 0.0
+        self._initialise(bound, device, dtype)
+        self.bias: nn.Parameter | None
+        if bias:
+            self._make_bias(out_channels, bound, device, dtype)
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_float(cls, module: nn.Conv2d, config: Any) -> QuantSparseConv2d:
+        """Compresses an `nn.Conv2d`.
+
+        Args:
+            module: the dense layer; left as it is. Its bias parameter is shared.
+            config: a `placekern.CompressConfig`.
+        """
+        return cls.from_weight(config.compress_tensor(module.weight), module)
+
+    @classmethod
+    def from_weight(cls, weight: QuantSparseWeight, module: nn.Conv2d) -> QuantSparseConv2d:
+        """A layer with this weight [M, K], and bias, sizes and strides of the dense `module`."""
+        layer = cls(**_conv_arguments(module), bias=False, device="meta", bits=weight.bits)
+        return _adopt(layer, weight, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [batch, out_channels, out_h, out_w] of x [batch, in_channels, h, w]."""
+        if x.dim() not in (3, 4):
+            raise ValueError(
+                f"QuantSparseConv2d: x has shape {tuple(x.shape)}, expected [batch, C, height, "
+                "width] or [C, height, width]"
+            )
+        image = x if x.dim() == 4 else x.unsqueeze(0)
+        padding = self._padding
+        if self.padding_mode != "zeros":
+            top, bottom, left, right = padding
+            image = F.pad(image, (left, right, top, bottom), mode=self.padding_mode)
+            padding = (0, 0, 0, 0)
+        y = ops.conv2d(
+            image,
+            self.weight,
+            self.bias,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            relu=self.relu,
+        )
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def to_dense(self) -> nn.Conv2d:
+        """The same layer as an `nn.Conv2d`, weights decoded."""
+        layer = nn.Conv2d(**_conv_arguments(self), bias=self.bias is not None, device="meta")
+        return _decode(layer, self)
+
+    def extra_repr(self) -> str:
+        """What `nn.Conv2d` shows, bits and density."""
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}"
+        )
+        if self.dilation != (1, 1):
+            text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode}"
+        return f"{text}, bias={self.bias is not None}, {_describe(self)}"
+
+
+def quant_sparse_layers(model: nn.Module) -> Iterator[tuple[str, QuantSparseModule]]:
+    """Name and module of each compressed layer, in the model's order, shared ones once."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantSparseModule):
+            yield name, module
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `model` holds `old`, under every name that it has."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _conv_arguments(module: Any) -> dict[str, Any]:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    return {name: getattr(module, name) for name in (*names, "groups", "padding_mode")}
+
+
+def _adopt(layer: Any, weight: QuantSparseWeight, module: nn.Module) -> Any:
+    layer.weight = weight
+    layer.bias = module.bias
+    layer.train(module.training)
+    return layer
+
+
+def _decode(layer: Any, module: Any) -> Any:
+    dense = module.weight.to_dense().detach().reshape(layer.weight.shape)
+    layer.weight = nn.Parameter(dense)
+    if module.bias is not None:
+        layer.bias = nn.Parameter(module.bias.detach().clone())
+    layer.train(module.training)
+    return nn.Sequential(layer, nn.ReLU()) if module.relu else layer
+
+
+def _describe(module: QuantSparseModule) -> str:
+    text = f"bits={module.bits}"
+    if not module.codebook.is_meta:
+        text += f", density={module.weight.density:.3f}"
+    return text + (", relu=True" if module.relu else "")
