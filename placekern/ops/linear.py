@@ -61,7 +61,7 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
     dtype = common.compute_dtype(x)
     if x.is_cuda and dtype == torch.float64:
         raise NotImplementedError("linear: float64 runs on the CPU only; use float32 on CUDA")
-    flat = x.detach().reshape(-1, weight.K).to(dtype).contiguous()
+    flat = x.detach().reshape(x.shape[:-1].numel(), weight.K).to(dtype).contiguous()
     y = flat.new_empty((flat.shape[0], weight.M))
     offset = None if bias is None else bias.detach().to(dtype).contiguous()
     _native.linear(common.ready(weight, dtype), flat, offset, y, relu)
@@ -79,8 +79,8 @@ def _linear_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Ten
     _linear_check(x, weight, None)
     common.no_cuda("linear_backward", x)
     dtype = common.compute_dtype(x)
-    flat = x.detach().reshape(-1, weight.K).to(dtype).contiguous()
-    flat_grad_y = grad_y.detach().reshape(-1, weight.M).to(dtype).contiguous()
+    flat = x.detach().reshape(x.shape[:-1].numel(), weight.K).to(dtype).contiguous()
+    flat_grad_y = grad_y.detach().reshape(flat.shape[0], weight.M).to(dtype).contiguous()
     grad_x = torch.empty_like(flat) if wanted[0] else None
     sums = common.codebook_sums(weight) if wanted[1] else None
     _native.linear_backward(common.ready(weight, dtype), flat, flat_grad_y, grad_x, sums)
@@ -107,7 +107,7 @@ def _linear_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
             grad_y, x, row_ptr, positions, codes, codebook, *ctx.sizes, wanted
         )
     if ctx.needs_input_grad[8]:
-        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0).to(bias.dtype)
+        grad_bias = grad_y.sum_to_size(bias.shape).to(bias.dtype)
     return common.gradients(wanted, grad_x, grad_codebook, grad_bias, 10)
 
 

@@ -1,0 +1,35 @@
+"""Random weights of a given density, and the error measure of the tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from placekern import QuantSparseWeight
+
+
+def random_weight(
+    M: int, K: int, density: float, bits: int, dtype: torch.dtype = torch.float32
+) -> QuantSparseWeight:
+    """Random positions, codes and codebook (unsorted, no entry zero)."""
+    mask = torch.rand(M, K) < density
+    codes = torch.randint(0, 1 << bits, (int(mask.sum()),), dtype=torch.uint8)
+    codebook = torch.randn(1 << bits)
+    codebook = codebook + torch.where(codebook >= 0, 0.1, -0.1)
+    weight = QuantSparseWeight.from_mask(mask, codes, codebook)
+    weight.codebook = codebook.to(dtype)
+    return weight
+
+
+def with_codebook(weight: QuantSparseWeight, codebook: Tensor) -> QuantSparseWeight:
+    """The same positions and codes on another codebook."""
+    w = weight
+    return QuantSparseWeight.trusted(
+        w.shape, w.bits, w.layout, w.nnz, w.row_ptr, w.positions, w.codes, codebook
+    )
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|, Frobenius norms in float64; absolute where it is 0."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-3))
