@@ -12,6 +12,11 @@ import torch
 import placekern as pk
 
 
+# One thread unless a test asks for more: on a busy machine, threads that wait for each other spin, and
+# tests of small layers take thirty times as long.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -40,10 +40,12 @@ struct Vec<float> {
         return {
             _mm512_maskz_loadu_ps(static_cast<__mmask16>(n >= lanes ? 0xffff : (1 << n) - 1), p)};
     }
-    // The values in the lanes whose bits are set, in order; zero in the others. Loaded whole and
-    // expanded in a register: expanding from memory is slower.
+    // The values in the lanes whose bits are set, in order; zero in the others.
     static Vec expand(const float* p, uint64_t mask) {
-        return {_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(p))};
+        __m512 values = _mm512_loadu_ps(p);
+        // Keeps the compiler from folding the load: expanding from memory is several times slower.
+        __asm__("" : "+v"(values));
+        return {_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), values)};
     }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     float sum() const { return _mm512_reduce_add_ps(v); }

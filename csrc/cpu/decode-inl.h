@@ -90,9 +90,11 @@ class Decoder {
         const int64_t left = w_.K - k;
         if (left <= 0) return 0;
         uint64_t word;
-        std::memcpy(&word, w_.positions + m * w_.mask_row_bytes() + k / 8, sizeof(word));
+        std::memcpy(&word, mask_row(m) + k / 8, sizeof(word));
         return left >= 64 ? word : word & ((uint64_t{1} << left) - 1);
     }
+
+    const uint8_t* mask_row(int64_t m) const { return w_.positions + m * w_.mask_row_bytes(); }
 
     // Window layout: the place in its window of entry `entry` and those after it.
     const uint8_t* places(int64_t entry) const {

@@ -36,31 +36,49 @@ struct RowSums {
     }
 };
 
-// Mask layout: values are spread to their columns in registers. `values` was written a whole chunk
-// before: a load that straddles two stores still in flight would wait for both.
+// One block of 64 columns: the values of its mask are spread to their columns in registers.
+// Returns the values of the next block.
+template <class T, int kN, bool kWhole>
+inline __attribute__((always_inline)) const T* add_block(const LinearArgs<T>& args, int64_t k,
+                                                         uint64_t mask, const T* values,
+                                                         RowSums<T, kN>& sums) {
+    constexpr int lanes = Vec<T>::lanes;
+    const int64_t K = args.weight.K;
+#pragma GCC unroll 8
+    for (int i = 0; i < 64 / lanes; ++i) {
+        const int64_t column = k + i * lanes;
+        if (!kWhole && column >= K) break;
+        const uint64_t part = mask >> (i * lanes) & ((uint64_t{1} << lanes) - 1);
+        const Vec<T> weight = Vec<T>::expand(values, part);
+        values += __builtin_popcountll(part);
+#pragma GCC unroll 4
+        for (int n = 0; n < kN; ++n) {
+            const T* x = args.x + n * K + column;
+            Vec<T>& sum = sums.vectors[n][i % RowSums<T, kN>::kChains];
+            sum = fma(
+                weight,
+                kWhole ? Vec<T>::load(x) : Vec<T>::load_partial(x, static_cast<int>(K - column)),
+                sum);
+        }
+    }
+    return values;
+}
+
+// Mask layout, columns k0 .. k1. `values` was written a whole chunk before: a load that straddles
+// two stores still in flight would wait for both.
 template <class T, int kN>
 void add_masked(const Decoder<T>& decoder, const LinearArgs<T>& args, int64_t m, int64_t k0,
                 int64_t k1, const T* values, RowSums<T, kN>& sums) {
-    constexpr int lanes = Vec<T>::lanes;
-    const int64_t K = args.weight.K;
-    for (int64_t k = k0; k < k1; k += 64) {
-        const uint64_t mask = decoder.mask(m, k);
-        const bool whole = K - k >= 64;
-        for (int i = 0; i < 64 / lanes; ++i) {
-            const uint64_t part = mask >> (i * lanes) & ((uint64_t{1} << lanes) - 1);
-            const Vec<T> weight = Vec<T>::expand(values, part);
-            values += __builtin_popcountll(part);
-            const int64_t column = k + i * lanes;
-            if (!whole && column >= K) break;
-            for (int n = 0; n < kN; ++n) {
-                const T* x = args.x + n * K + column;
-                const Vec<T> loaded =
-                    whole ? Vec<T>::load(x) : Vec<T>::load_partial(x, static_cast<int>(K - column));
-                Vec<T>& sum = sums.vectors[n][i % RowSums<T, kN>::kChains];
-                sum = fma(weight, loaded, sum);
-            }
-        }
+    RowSums<T, kN> local = sums;  // its address stays here, so that it can live in registers
+    int64_t k = k0;
+    const uint8_t* row = decoder.mask_row(m);
+    for (; k + 64 <= k1; k += 64) {
+        uint64_t mask;
+        std::memcpy(&mask, row + k / 8, sizeof(mask));
+        values = add_block<T, kN, true>(args, k, mask, values, local);
     }
+    if (k < k1) add_block<T, kN, false>(args, k, decoder.mask(m, k), values, local);
+    sums = local;
 }
 
 // Window layout: few enough entries to fetch their x one by one.
