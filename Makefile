@@ -25,7 +25,7 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(CPP)
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -q
 
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

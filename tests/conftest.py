@@ -11,9 +11,8 @@ import torch
 
 import placekern as pk
 
-
-# One thread unless a test asks for more: on a busy machine, threads that wait for each other spin, and
-# tests of small layers take thirty times as long.
+# One thread unless a test asks for more: on a busy machine, threads that wait for each other spin,
+# and tests of small layers take thirty times as long.
 torch.set_num_threads(1)
 
 

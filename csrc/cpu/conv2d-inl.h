@@ -3,6 +3,8 @@
 // order of the additions depends on the shape only, never on how tiles are dealt to threads.
 
 constexpr int kMostTileRows = 512;  // output channels whose sums one task keeps
+constexpr int kTaskTiles = 4;       // tiles that share one decoding, at most
+constexpr int kBlockRows = 32;  // output channels decoded at a time; their entries fit in L1 too
 
 template <class T>
 void add_entries(const Entries<T>& entries, const T* columns, T* sums) {
@@ -65,29 +67,75 @@ void store_tile(const Conv2dArgs<T>& args, const PixelRuns& runs, int64_t m0, in
 
 template <class T>
 struct Conv2dScratch {
-    T* columns;        // [kWindow, kTilePixels]
-    T* sums;           // [rows, kTilePixels]
-    int64_t* cursors;  // [rows]
+    T* columns;           // [kTaskTiles, kWindow, kTilePixels]
+    T* sums;              // [kTaskTiles, rows, kTilePixels]
+    int64_t* cursors;     // [rows]
+    Entries<T>* entries;  // [kBlockRows]
 
     Conv2dScratch(Carver& carver, int64_t rows)
-        : columns(carver.take<T>(kWindow * kTilePixels<T>)),
-          sums(carver.take<T>(rows * kTilePixels<T>)),
-          cursors(carver.take<int64_t>(rows)) {}
+        : columns(carver.take<T>(kTaskTiles * kWindow * kTilePixels<T> + kColumnSlack<T>)),
+          sums(carver.take<T>(kTaskTiles * rows * kTilePixels<T>)),
+          cursors(carver.take<int64_t>(rows)),
+          entries(carver.take<Entries<T>>(kBlockRows)) {}
 };
 
+// Rows m0 .. m0 + rows of one group, over up to `task_tiles` tiles from `pixel` on.
 template <class T>
-void conv2d_impl(const Conv2dArgs<T>& args) {
+void conv2d_task(const Decoder<T>& decoder, const Conv2dArgs<T>& args, int64_t group, int64_t m0,
+                 int64_t rows, int64_t pixel, int task_tiles, const Conv2dScratch<T>& s) {
     constexpr int kTile = kTilePixels<T>;
     const Weight<T>& w = args.weight;
-    const int64_t pixels = args.shape.pixels();
-    const int64_t group_rows = w.M / args.shape.groups;
-    const int64_t tiles = (pixels + kTile - 1) / kTile;
+    const int64_t left = args.shape.pixels() - pixel;
+    const int tiles = static_cast<int>(smaller((left + kTile - 1) / kTile, int64_t{task_tiles}));
+    PixelRuns runs[kTaskTiles];
+    for (int t = 0; t < tiles; ++t) {
+        const int64_t length = smaller(left - t * kTile, int64_t{kTile});
+        runs[t] = PixelRuns(args.shape, pixel + t * kTile, static_cast<int>(length));
+    }
+    for (int64_t r = 0; r < rows; ++r) s.cursors[r] = w.row_start(m0 + r);
+    std::memset(s.sums, 0, sizeof(T) * tiles * rows * kTile);
+    for (int64_t window = 0; window < w.windows(); ++window) {
+        const int64_t k0 = window * kWindow;
+        for (int t = 0; t < tiles; ++t) {
+            gather_columns(args.shape, args.x, runs[t], group, k0,
+                           smaller(w.K - k0, int64_t{kWindow}), s.columns + t * kWindow * kTile);
+        }
+        for (int64_t block = 0; block < rows; block += kBlockRows) {
+            const int count = static_cast<int>(smaller(rows - block, int64_t{kBlockRows}));
+            for (int r = 0; r < count; ++r) {
+                decoder.entries(m0 + block + r, window, s.cursors[block + r], s.entries[r]);
+                s.cursors[block + r] += s.entries[r].count;
+            }
+            for (int t = 0; t < tiles; ++t) {
+                for (int r = 0; r < count; ++r) {
+                    add_entries(s.entries[r], s.columns + t * kWindow * kTile,
+                                s.sums + (t * rows + block + r) * kTile);
+                }
+            }
+        }
+    }
+    for (int t = 0; t < tiles; ++t) store_tile(args, runs[t], m0, rows, s.sums + t * rows * kTile);
+}
+
+template <class T>
+void conv2d_impl(const Conv2dArgs<T>& given) {
+    Conv2dArgs<T> args = given;
+    args.shape = flattened(given.shape, given.x, given.y);
+    constexpr int kTile = kTilePixels<T>;
+    const Weight<T>& w = args.weight;
+    const int64_t groups = args.shape.groups;
+    const int64_t group_rows = w.M / groups;
+    const int64_t tiles = (args.shape.pixels() + kTile - 1) / kTile;
     if (tiles == 0 || group_rows == 0) return;
 
-    // Few tiles, as in deep layers at batch 1: cut the rows as well, so that every thread has work.
+    // Every thread should have work. Fewer tiles a task cost decoding again, fewer rows a task cost
+    // gathering again, which is dearer: so rows are cut only when tiles run out.
+    const int64_t wanted = args.threads == 1 ? 1 : 2 * args.threads;
+    const int64_t fair = (tiles * groups + wanted - 1) / wanted;
+    const int task_tiles = static_cast<int>(smaller(fair, int64_t{kTaskTiles}));
+    const int64_t tasks = (tiles + task_tiles - 1) / task_tiles;
     int64_t rows = smaller(group_rows, int64_t{kMostTileRows});
-    while (rows > 32 &&
-           tiles * args.shape.groups * ((group_rows + rows - 1) / rows) < 4 * args.threads) {
+    while (rows > kBlockRows && tasks * groups * ((group_rows + rows - 1) / rows) < args.threads) {
         rows = (rows + 1) / 2;
     }
     const int64_t row_blocks = (group_rows + rows - 1) / rows;
@@ -100,30 +148,13 @@ void conv2d_impl(const Conv2dArgs<T>& args) {
     {
         Carver carver(scratch.of(omp_get_thread_num()));
         const Conv2dScratch<T> s(carver, rows);
-        Entries<T> entries;
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < tiles * args.shape.groups * row_blocks; ++task) {
-            const int64_t group = task / row_blocks % args.shape.groups;
-            const int64_t pixel = task / row_blocks / args.shape.groups * kTile;
+        for (int64_t task = 0; task < tasks * groups * row_blocks; ++task) {
+            const int64_t group = task / row_blocks % groups;
             const int64_t block = task % row_blocks * rows;
-            const int64_t m0 = group * group_rows + block;
-            const int64_t task_rows = smaller(rows, group_rows - block);
-            const PixelRuns runs(args.shape, pixel,
-                                 static_cast<int>(smaller(pixels - pixel, int64_t{kTile})));
-
-            for (int64_t r = 0; r < task_rows; ++r) s.cursors[r] = w.row_start(m0 + r);
-            std::memset(s.sums, 0, sizeof(T) * task_rows * kTile);
-            for (int64_t window = 0; window < w.windows(); ++window) {
-                const int64_t k0 = window * kWindow;
-                gather_columns(args.shape, args.x, runs, group, k0,
-                               smaller(w.K - k0, int64_t{kWindow}), s.columns);
-                for (int64_t r = 0; r < task_rows; ++r) {
-                    decoder.entries(m0 + r, window, s.cursors[r], entries);
-                    s.cursors[r] += entries.count;
-                    add_entries(entries, s.columns, s.sums + r * kTile);
-                }
-            }
-            store_tile(args, runs, m0, task_rows, s.sums);
+            const int64_t pixel = task / row_blocks / groups * task_tiles * kTile;
+            conv2d_task(decoder, args, group, group * group_rows + block,
+                        smaller(rows, group_rows - block), pixel, task_tiles, s);
         }
     }
 }

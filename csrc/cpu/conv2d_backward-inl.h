@@ -11,7 +11,7 @@ struct Conv2dBackwardScratch {
     int64_t* cursors;  // [rows]
 
     Conv2dBackwardScratch(Carver& carver, int64_t rows)
-        : columns(carver.take<T>(kWindow * kTilePixels<T>)),
+        : columns(carver.take<T>(kWindow * kTilePixels<T> + kColumnSlack<T>)),
           grad_columns(carver.take<T>(kWindow * kTilePixels<T>)),
           grad_y(carver.take<T>(rows * kTilePixels<T>)),
           bins(carver.take<T>(kMaxCodes * Vec<T>::lanes)),

@@ -16,6 +16,7 @@ struct PixelRuns {
     PixelRun runs[64];  // a tile has at most 64 pixels
     int count = 0;
 
+    PixelRuns() = default;
     PixelRuns(const ConvShape& shape, int64_t pixel, int length) {
         const int64_t plane = shape.out_height * shape.out_width;
         int done = 0;
@@ -68,6 +69,23 @@ void for_each_k(const ConvShape& s, int64_t group, int64_t k0, int64_t count, Vi
     }
 }
 
+// out[i] = in[i * step] for the pixels inside. A last vector may run over by up to a vector's
+// length: what it overwrites is written later, except behind the last row, where kColumnSlack is
+// left for it.
+template <class T>
+void copy_run(const T* in, int64_t step, const RunSource& source, T* out) {
+    if (step == 1) {
+        for (int i = source.begin; i < source.end; i += Vec<T>::lanes) {
+            Vec<T>::load_partial(in + i, source.end - i).store(out + i);
+        }
+    } else {
+        for (int i = source.begin; i < source.end; ++i) out[i] = in[i * step];
+    }
+}
+
+template <class T>
+constexpr int kColumnSlack = Vec<T>::lanes;
+
 // columns[k][pixel] = x at (channel, ky, kx) of the pixel, zero in the padding and past the runs.
 template <class T>
 void gather_columns(const ConvShape& shape, const Image<const T>& x, const PixelRuns& runs,
@@ -82,17 +100,27 @@ void gather_columns(const ConvShape& shape, const Image<const T>& x, const Pixel
                                    x.stride_w);
             T* out = row + run.first;
             for (int i = 0; i < source.begin; ++i) out[i] = T(0);
-            const int64_t step = shape.stride_w * x.stride_w;
-            const T* in = x.data + source.offset;
-            if (step == 1) {
-                for (int i = source.begin; i < source.end; ++i) out[i] = in[i];
-            } else {
-                for (int i = source.begin; i < source.end; ++i) out[i] = in[i * step];
-            }
+            copy_run(x.data + source.offset, shape.stride_w * x.stride_w, source, out);
             for (int i = source.end; i < run.length; ++i) out[i] = T(0);
         }
         for (int i = length; i < kTilePixels<T>; ++i) row[i] = T(0);
     });
+}
+
+// A 1x1 convolution without stride or padding takes pixels as they lie: one long row, few runs.
+template <class T, class U>
+ConvShape flattened(const ConvShape& shape, const Image<T>& x, const Image<U>& y) {
+    const bool pointwise = shape.kernel_h == 1 && shape.kernel_w == 1 && shape.stride_h == 1 &&
+                           shape.stride_w == 1 && shape.out_height == shape.height &&
+                           shape.out_width == shape.width;
+    if (!pointwise || x.stride_h != x.stride_w * shape.width ||
+        y.stride_h != y.stride_w * shape.width) {
+        return shape;
+    }
+    ConvShape flat = shape;
+    flat.height = flat.out_height = 1;
+    flat.width = flat.out_width = shape.height * shape.width;
+    return flat;
 }
 
 // The transpose of gather_columns: adds each element to where it was read.
