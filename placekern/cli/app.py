@@ -1,0 +1,265 @@
+"""The commands that work on a user's own files, and the entry point."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from torch import nn
+
+import placekern as pk
+
+from .. import _native
+from ..io import read_header
+from ..nn import quant_sparse_layers
+from ..vpr import (
+    ImageList,
+    PlaceDataset,
+    describe,
+    evaluate,
+    fit_,
+    list_images,
+    load,
+    load_corridor,
+    load_folders,
+)
+from ..vpr.figure import Retrieval, retrieval_sheet, save_sheet
+from . import console
+from .demo import demo
+from .settings import Bits, Json, Method, Size, Sparsity, Threshold, image_size
+
+app = typer.Typer(
+    help="Pruned, codebook-quantized networks that run straight from their compressed weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Versions, the processor's levels, threads and GPUs."""
+    facts: dict[str, Any] = {
+        "placekern": pk.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "isa": pk.get_isa(),
+        "isas available": pk.available_isas(),
+        "threads": torch.get_num_threads(),
+        "cuda built for": _native.cuda_architectures(),
+        "cuda devices": _native.cuda_devices(),
+    }
+    if as_json:
+        console.print_json(facts)
+        return
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        shown = ", ".join(value) if isinstance(value, list) else value
+        table.add_row(name, "not built" if shown is None else str(shown))
+    console.out.print(table)
+
+
+@app.command(name="inspect")
+def inspect_file(
+    file: Annotated[Path, typer.Argument(help="A .safetensors file written by placekern.")],
+    as_json: Json = False,
+) -> None:
+    """The layers of a compressed file: sizes, bits, density and bytes, without running it."""
+    from safetensors import safe_open
+
+    header = read_header(file)
+    with safe_open(file, framework="pt") as tensors:
+        stored = {
+            name: tensors.get_slice(name).get_shape()[0]
+            for name in tensors.keys()  # noqa: SIM118, safe_open is no mapping
+            if name.endswith((".positions", ".codes"))
+        }
+    rows = []
+    for layer in header["layers"]:
+        owner = layer.get("shares", layer["name"])
+        M, K = layer["shape"]
+        rows.append(
+            {
+                "name": layer["name"],
+                "kind": layer["kind"],
+                "shape": layer["shape"],
+                "bits": layer["bits"],
+                "density": layer["nnz"] / (M * K) if M * K else 0.0,
+                "dense_bytes": 4 * M * K,
+                "positions_bytes": 0 if "shares" in layer else stored[f"{owner}.positions"],
+                "codes_bytes": 0 if "shares" in layer else stored[f"{owner}.codes"],
+            }
+        )
+    total = file.stat().st_size
+    if as_json:
+        architecture = header["architecture"]
+        console.print_json({"architecture": architecture, "file_bytes": total, "layers": rows})
+        return
+    name = (header["architecture"] or {}).get("name", "unnamed architecture")
+    table = Table(title=f"{file.name}: {name}, {console.size(total)}", title_justify="left")
+    for heading in ("layer", "kind", "weight [M, K]"):
+        table.add_column(heading)
+    for heading in ("bits", "density", "float32", "positions", "codes"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["kind"],
+            f"[{row['shape'][0]}, {row['shape'][1]}]".replace("[", r"\["),
+            str(row["bits"]),
+            f"{row['density']:.3f}",
+            console.size(row["dense_bytes"]),
+            console.size(row["positions_bytes"]),
+            console.size(row["codes_bytes"]),
+        )
+    console.out.print(table)
+
+
+@app.command()
+def compress(
+    network: Annotated[
+        str, typer.Argument(help='"<backbone>-netvlad", or a .safetensors written by placekern.')
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Weights: .npz (SqueezeNet), .mat (NetVLAD structs), .safetensors."),
+    ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images to fit NetVLAD and the whitening to, first."),
+    ] = None,
+    bits: Bits = 8,
+    threshold: Threshold = None,
+    sparsity: Sparsity = None,
+    method: Method = "kmeans",
+    size: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Prune and quantize a network into one file."""
+    config = pk.CompressConfig(bits=bits, threshold=threshold, sparsity=sparsity, method=method)
+    model = _open_network(network, weights)
+    with console.progress_bars() as progress:
+        if references is not None:
+            images = ImageList(list_images(references), image_size(size))
+            fit_(model, images, progress=progress)
+        report = pk.compress_(
+            model, config, progress=lambda _, done, total: progress("compress", done, total)
+        )
+    written = pk.save(model, output)
+    if as_json:
+        console.print_json(report.to_dict() | {"file": str(output), "file_bytes": written})
+        return
+    console.out.print(report.table())
+    console.out.print(f"{output}: {console.size(written)}, every byte counted")
+
+
+@app.command(name="evaluate")
+def evaluate_file(
+    file: Annotated[Path, typer.Argument(help="A .safetensors file written by placekern.")],
+    dataset: Annotated[
+        Path | None, typer.Option(help="Folder with query/, ref/ and ground_truth.csv.")
+    ] = None,
+    queries: Annotated[Path | None, typer.Option(help="Folder of query images.")] = None,
+    references: Annotated[Path | None, typer.Option(help="Folder of reference images.")] = None,
+    ground_truth: Annotated[
+        Path | None,
+        typer.Option(help='.csv "query,ref_matches"; without it, UTM in the file names counts.'),
+    ] = None,
+    distance: Annotated[float, typer.Option(help="Metres within which a match is right.")] = 25.0,
+    picture: Annotated[
+        Path | None, typer.Option(help="Writes queries beside what they retrieved, as PNG.")
+    ] = None,
+    size: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Recall and time of a network on queries and references."""
+    data = _open_dataset(dataset, queries, references, ground_truth, distance, image_size(size))
+    model = pk.load(file).eval()
+    with console.progress_bars() as progress:
+        result = evaluate(model, data, progress=progress)
+        if picture is not None:
+            described = [describe(model, images) for images in (data.queries, data.references)]
+    if picture is not None:
+        sheet = retrieval_sheet(
+            data.queries,
+            data.references,
+            {file.stem: Retrieval.of(*described)},
+            data.positives,
+        )
+        save_sheet(sheet, picture)
+    layers = list(quant_sparse_layers(model))
+    values = {
+        "recalls": {str(n): recall for n, recall in result.recalls.items()},
+        "latency_ms": result.latency_ms,
+        "descriptor_dim": result.descriptor_dim,
+        "queries": len(data.queries),
+        "references": len(data.references),
+        "compressed_layers": len(layers),
+        "file_bytes": file.stat().st_size,
+    }
+    if as_json:
+        console.print_json(values)
+        return
+    title = f"{file.name}: {values['queries']} queries, {values['references']} references"
+    table = Table(title=title, title_justify="left")
+    cells = [f"{recall:.3f}" for recall in result.recalls.values()]
+    cells += [f"{result.latency_ms:.2f}", str(result.descriptor_dim), str(len(layers))]
+    for heading in (
+        *(f"R@{n}" for n in result.recalls),
+        "ms a query",
+        "descriptor",
+        "compressed layers",
+    ):
+        table.add_column(heading, justify="right")
+    table.add_row(*cells)
+    console.out.print(table)
+    if picture is not None:
+        console.out.print(f"picture: {picture}")
+
+
+def main() -> None:
+    """Entry point: an error is one sentence on standard error, never a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
+        console.err.print(f"placekern: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.err.print("placekern: interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(0)
+
+
+def _open_network(network: str, weights: Path | None) -> nn.Module:
+    if network.endswith(".safetensors"):
+        if weights is not None:
+            raise ValueError(f"{network} has weights of its own: leave --weights out")
+        return pk.load(network).eval()
+    return load(network, weights)
+
+
+def _open_dataset(
+    dataset: Path | None,
+    queries: Path | None,
+    references: Path | None,
+    ground_truth: Path | None,
+    distance: float,
+    size: tuple[int, int] | None,
+) -> PlaceDataset:
+    if dataset is not None and (queries or references):
+        raise ValueError("give either --dataset or --queries and --references")
+    if dataset is not None:
+        return load_corridor(dataset, size)
+    if queries is None or references is None:
+        raise ValueError("give --dataset, or both --queries and --references")
+    return load_folders(queries, references, ground_truth, distance, size)
