@@ -82,6 +82,9 @@ struct Image {
     int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
+// The two ways to compute a convolution; see csrc/cpu/conv2d-inl.h.
+enum class Way : int { kAuto = 0, kDirect = 1, kDecode = 2 };
+
 template <class T>
 struct Conv2dArgs {
     Weight<T> weight;  // M = all output channels, K = channels * kernel_h * kernel_w
@@ -90,6 +93,7 @@ struct Conv2dArgs {
     const T* bias;  // [M] or null
     Image<T> y;
     bool relu;
+    Way way;
     int threads;
 };
 

@@ -59,6 +59,22 @@ def set_isa(name: str) -> None:
     _cpu.set_isa(name)
 
 
+_WAYS = ("auto", "direct", "decode")
+_way = "auto"
+
+
+def force_way(way: str) -> None:
+    """Computes every convolution "direct" or by "decode" from now on; "auto" goes by density.
+
+    Raises:
+        ValueError: another word.
+    """
+    global _way
+    if way not in _WAYS:
+        raise ValueError(f"way is {way!r}, expected one of {', '.join(_WAYS)}")
+    _way = way
+
+
 def cuda_devices() -> int:
     """CUDA devices that `_cuda` can use; 0 when it was not built."""
     return _cuda.device_count() if _cuda is not None else 0
@@ -127,6 +143,7 @@ def conv2d(
         y=y.data_ptr(),
         y_strides=y.stride(),
         relu=relu,
+        way=_WAYS.index(_way),
         threads=torch.get_num_threads(),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from placekern import ops, reference
+from placekern import _native, ops, reference
+
+
+@pytest.fixture(params=["direct", "decode"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Computes every convolution one way, whatever its density."""
+    _native.force_way(request.param)
+    yield request.param
+    _native.force_way("auto")
+
 
 KERNELS = [(1, 1), (3, 3), (5, 5), (11, 11), (1, 3), (7, 2), (2, 1)]
 FORMATS = ["contiguous", "channels_last", "strided"]
@@ -28,12 +38,12 @@ def image(batch: int, channels: int, height: int, width: int, layout: str, dtype
 
 
 @settings(
-    max_examples=200,
+    max_examples=300,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 @given(data=st.data(), seed=st.integers(0, 1 << 30))
-def test_random_layers_agree_with_the_reference(isa: str, data: Any, seed: int) -> None:
+def test_random_layers_agree_with_the_reference(isa: str, way: str, data: Any, seed: int) -> None:
     torch.manual_seed(seed)
     draw = data.draw
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
@@ -96,7 +106,7 @@ def test_random_layers_agree_with_the_reference(isa: str, data: Any, seed: int) 
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_one_hot_images_are_exact(isa: str, layout: str) -> None:
+def test_one_hot_images_are_exact(isa: str, way: str, layout: str) -> None:
     weight = random_weight(17, 3 * 9, 0.5, 8)
     dense = weight.to_dense().reshape(17, 3, 3, 3)
     x = torch.zeros_like(image(1, 3, 9, 9, layout, torch.float32))
@@ -106,7 +116,7 @@ def test_one_hot_images_are_exact(isa: str, layout: str) -> None:
     assert y.count_nonzero() == dense[:, 1].count_nonzero()
 
 
-def test_identity_weights_copy_the_image(isa: str) -> None:
+def test_identity_weights_copy_the_image(isa: str, way: str) -> None:
     from placekern import QuantSparseWeight
 
     weight = QuantSparseWeight.from_dense(torch.eye(5), torch.tensor([1.0, 2.0]))
@@ -114,7 +124,7 @@ def test_identity_weights_copy_the_image(isa: str) -> None:
     assert torch.equal(ops.conv2d(x, weight, kernel_size=(1, 1)), x)
 
 
-def test_more_rows_than_a_tile_holds(isa: str) -> None:
+def test_more_rows_than_a_tile_holds(isa: str, way: str) -> None:
     weight = random_weight(1100, 40, 0.3, 5)
     x = torch.randn(1, 40, 5, 5)
     y = ops.conv2d(x, weight, kernel_size=(1, 1))
@@ -122,7 +132,7 @@ def test_more_rows_than_a_tile_holds(isa: str) -> None:
     assert relative_error(y.reshape(1100, 25), expected) < 1e-5
 
 
-def test_results_do_not_depend_on_the_number_of_threads(isa: str) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(isa: str, way: str) -> None:
     weight = random_weight(96, 32 * 9, 0.3, 8)
     x = torch.randn(3, 32, 15, 14)
     grad_y = torch.randn(3, 96, 15, 14)

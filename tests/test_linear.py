@@ -13,7 +13,7 @@ import placekern as pk
 from placekern import ops, reference
 
 RANDOM_LAYERS = settings(
-    max_examples=120,
+    max_examples=300,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -155,6 +155,10 @@ int columns_of_mask(uint64_t mask, int base, uint8_t* columns) {
     return __builtin_popcountll(mask);
 }
 
+constexpr int kDenseRows = 6;  // rows x vectors of sums that fit the registers
+constexpr int kDenseVecs = 4;
+constexpr double kDecodeDensity = 0.55;  // from which a convolution decodes instead of going direct
+
 #include "decode-inl.h"
 #include "im2col-inl.h"
 #include "linear-inl.h"

@@ -64,7 +64,7 @@ void bind_ops(py::module_& m) {
         "conv2d",
         [](const Weight<T>& weight, const ConvShape& shape, uintptr_t x,
            const std::array<int64_t, 4>& x_strides, uintptr_t bias, uintptr_t y,
-           const std::array<int64_t, 4>& y_strides, bool relu, int threads) {
+           const std::array<int64_t, 4>& y_strides, bool relu, int way, int threads) {
             const auto& xs = x_strides;
             const auto& ys = y_strides;
             const Conv2dArgs<T> args{weight,
@@ -73,12 +73,14 @@ void bind_ops(py::module_& m) {
                                      at<const T>(bias),
                                      {at<T>(y), ys[0], ys[1], ys[2], ys[3]},
                                      relu,
+                                     static_cast<Way>(way),
                                      threads};
             py::gil_scoped_release release;
             conv2d(args);
         },
         py::arg("weight"), py::arg("shape"), py::kw_only(), py::arg("x"), py::arg("x_strides"),
-        py::arg("bias"), py::arg("y"), py::arg("y_strides"), py::arg("relu"), py::arg("threads"));
+        py::arg("bias"), py::arg("y"), py::arg("y_strides"), py::arg("relu"), py::arg("way"),
+        py::arg("threads"));
     m.def(
         "conv2d_backward",
         [](const Weight<T>& weight, const ConvShape& shape, uintptr_t x,

@@ -1,6 +1,13 @@
-// Direct sparse convolution: one multiply-add per non-zero and output pixel, over a tile of a few
-// pixels whose im2col slice (128 rows k) stays in L1 while every output channel passes over it. The
-// order of the additions depends on the shape only, never on how tiles are dealt to threads.
+// Sparse-quantized convolution over tiles of a few pixels, whose im2col slice (128 rows k) stays in
+// L1 while a block of output channels passes over it. A block is decoded once for several tiles,
+// and then
+//
+//   direct: one multiply-add per non-zero and pixel; costs time with the density;
+//   decode: the block is spread to dense values in L1 and multiplied as a small dense matrix,
+//   several
+//           rows per loaded column; costs the same at any density.
+//
+// The order of the additions depends on the shape only, never on how tiles are dealt to threads.
 
 constexpr int kMostTileRows = 512;  // output channels whose sums one task keeps
 constexpr int kTaskTiles = 4;       // tiles that share one decoding, at most
@@ -34,6 +41,69 @@ void add_entries(const Entries<T>& entries, const T* columns, T* sums) {
             even[i] = fma(first, Vec<T>::load(first_row + i * lanes), even[i]);
     }
     for (int i = 0; i < 4; ++i) (even[i] + odd[i]).store(sums + i * lanes);
+}
+
+// kRows rows of dense values times a slice of `count` columns k, added to their sums.
+template <class T, int kRows>
+void add_dense(const T* dense, const T* columns, int count, T* sums) {
+    constexpr int kTile = kTilePixels<T>;
+    constexpr int kVecs = kDenseVecs;
+    constexpr int lanes = Vec<T>::lanes;
+    for (int v0 = 0; v0 < 4; v0 += kVecs) {
+        Vec<T> acc[kRows][kVecs];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kVecs; ++v) {
+                acc[r][v] = Vec<T>::load(sums + r * kTile + (v0 + v) * lanes);
+            }
+        }
+        for (int k = 0; k < count; ++k) {
+            Vec<T> x[kVecs];
+#pragma GCC unroll 4
+            for (int v = 0; v < kVecs; ++v) {
+                x[v] = Vec<T>::load(columns + k * kTile + (v0 + v) * lanes);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const Vec<T> value = Vec<T>::broadcast(dense[r * kWindow + k]);
+#pragma GCC unroll 4
+                for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(value, x[v], acc[r][v]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kVecs; ++v) {
+                acc[r][v].store(sums + r * kTile + (v0 + v) * lanes);
+            }
+        }
+    }
+}
+
+template <class T>
+void add_dense_rows(const T* dense, int rows, const T* columns, int count, T* sums) {
+    constexpr int kHalf = kDenseRows / 2;
+    constexpr int kTile = kTilePixels<T>;
+    int r = 0;
+    for (; r + kDenseRows <= rows; r += kDenseRows) {
+        add_dense<T, kDenseRows>(dense + r * kWindow, columns, count, sums + r * kTile);
+    }
+    for (; r + kHalf <= rows; r += kHalf) {
+        add_dense<T, kHalf>(dense + r * kWindow, columns, count, sums + r * kTile);
+    }
+    for (; r < rows; ++r) {
+        add_dense<T, 1>(dense + r * kWindow, columns, count, sums + r * kTile);
+    }
+}
+
+// Measured crossover (benchmarks/bench_conv2d.py): below it the multiply-adds saved outweigh the
+// loads that a dense block shares between its rows.
+template <class T>
+bool wants_decode(const Conv2dArgs<T>& args) {
+    if (args.way != Way::kAuto) return args.way == Way::kDecode;
+    const Weight<T>& w = args.weight;
+    return static_cast<double>(w.row_start(w.M)) > kDecodeDensity * w.M * w.K;
 }
 
 // Bias, ReLU and the way into y, for rows m0 .. m0 + rows of one tile.
@@ -71,18 +141,21 @@ struct Conv2dScratch {
     T* sums;              // [kTaskTiles, rows, kTilePixels]
     int64_t* cursors;     // [rows]
     Entries<T>* entries;  // [kBlockRows]
+    T* dense;             // [kBlockRows, kWindow]
 
     Conv2dScratch(Carver& carver, int64_t rows)
         : columns(carver.take<T>(kTaskTiles * kWindow * kTilePixels<T> + kColumnSlack<T>)),
           sums(carver.take<T>(kTaskTiles * rows * kTilePixels<T>)),
           cursors(carver.take<int64_t>(rows)),
-          entries(carver.take<Entries<T>>(kBlockRows)) {}
+          entries(carver.take<Entries<T>>(kBlockRows)),
+          dense(carver.take<T>(kBlockRows * kWindow)) {}
 };
 
 // Rows m0 .. m0 + rows of one group, over up to `task_tiles` tiles from `pixel` on.
 template <class T>
 void conv2d_task(const Decoder<T>& decoder, const Conv2dArgs<T>& args, int64_t group, int64_t m0,
-                 int64_t rows, int64_t pixel, int task_tiles, const Conv2dScratch<T>& s) {
+                 int64_t rows, int64_t pixel, int task_tiles, bool decode,
+                 const Conv2dScratch<T>& s) {
     constexpr int kTile = kTilePixels<T>;
     const Weight<T>& w = args.weight;
     const int64_t left = args.shape.pixels() - pixel;
@@ -96,20 +169,32 @@ void conv2d_task(const Decoder<T>& decoder, const Conv2dArgs<T>& args, int64_t g
     std::memset(s.sums, 0, sizeof(T) * tiles * rows * kTile);
     for (int64_t window = 0; window < w.windows(); ++window) {
         const int64_t k0 = window * kWindow;
+        const int width = static_cast<int>(smaller(w.K - k0, int64_t{kWindow}));
         for (int t = 0; t < tiles; ++t) {
-            gather_columns(args.shape, args.x, runs[t], group, k0,
-                           smaller(w.K - k0, int64_t{kWindow}), s.columns + t * kWindow * kTile);
+            gather_columns(args.shape, args.x, runs[t], group, k0, width,
+                           s.columns + t * kWindow * kTile);
         }
         for (int64_t block = 0; block < rows; block += kBlockRows) {
             const int count = static_cast<int>(smaller(rows - block, int64_t{kBlockRows}));
             for (int r = 0; r < count; ++r) {
-                decoder.entries(m0 + block + r, window, s.cursors[block + r], s.entries[r]);
-                s.cursors[block + r] += s.entries[r].count;
+                int64_t& cursor = s.cursors[block + r];
+                if (decode) {
+                    cursor += decoder.dense(m0 + block + r, window, cursor, s.entries[r],
+                                            s.dense + r * kWindow);
+                } else {
+                    decoder.entries(m0 + block + r, window, cursor, s.entries[r]);
+                    cursor += s.entries[r].count;
+                }
             }
             for (int t = 0; t < tiles; ++t) {
-                for (int r = 0; r < count; ++r) {
-                    add_entries(s.entries[r], s.columns + t * kWindow * kTile,
-                                s.sums + (t * rows + block + r) * kTile);
+                const T* columns = s.columns + t * kWindow * kTile;
+                T* sums = s.sums + (t * rows + block) * kTile;
+                if (decode) {
+                    add_dense_rows(s.dense, count, columns, width, sums);
+                } else {
+                    for (int r = 0; r < count; ++r) {
+                        add_entries(s.entries[r], columns, sums + r * kTile);
+                    }
                 }
             }
         }
@@ -139,6 +224,7 @@ void conv2d_impl(const Conv2dArgs<T>& given) {
         rows = (rows + 1) / 2;
     }
     const int64_t row_blocks = (group_rows + rows - 1) / rows;
+    const bool decode = wants_decode(args);
 
     Carver measure(nullptr);
     Conv2dScratch<T>(measure, rows);
@@ -154,7 +240,7 @@ void conv2d_impl(const Conv2dArgs<T>& given) {
             const int64_t block = task % row_blocks * rows;
             const int64_t pixel = task / row_blocks / groups * task_tiles * kTile;
             conv2d_task(decoder, args, group, group * group_rows + block,
-                        smaller(rows, group_rows - block), pixel, task_tiles, s);
+                        smaller(rows, group_rows - block), pixel, task_tiles, decode, s);
         }
     }
 }

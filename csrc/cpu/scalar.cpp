@@ -86,6 +86,10 @@ int columns_of_mask(uint64_t mask, int base, uint8_t* columns) {
     return count;
 }
 
+constexpr int kDenseRows = 2;  // rows x vectors of sums that fit the registers
+constexpr int kDenseVecs = 1;
+constexpr double kDecodeDensity = 0.7;  // from which a convolution decodes instead of going direct
+
 #include "decode-inl.h"
 #include "im2col-inl.h"
 #include "linear-inl.h"
