@@ -46,60 +46,47 @@ def register_gradients(
     library.impl(name, _autocast(op, "cuda", "AutocastCUDA"), "AutocastCUDA")
 
 
-def check(condition: bool, message: Callable[[], str]) -> None:
-    """Raises ValueError with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(message())
-
-
 def check_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None) -> None:
-    """Checks the arrays of a weight, x and bias against each other, for op `op`."""
+    """Checks the arrays of a weight, x and bias against each other, for op `op`.
+
+    Runs on every call: comparisons first, words only when one fails.
+    """
     w = weight
-    for name, tensor, dtypes in (
-        ("row_ptr", w.row_ptr, (torch.int32, torch.int64)),
-        ("positions", w.positions, (torch.uint8,)),
-        ("codes", w.codes, (torch.uint8,)),
-    ):
-        check(
-            tensor.dtype in dtypes,
-            lambda name=name, tensor=tensor, dtypes=dtypes: (
-                f"{op}: {name} has dtype {tensor.dtype}, expected {dtypes[0]}"
-            ),
-        )
+    if w.row_ptr.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: row_ptr has dtype {w.row_ptr.dtype}, expected torch.int32")
+    if w.positions.dtype != torch.uint8:
+        raise ValueError(f"{op}: positions has dtype {w.positions.dtype}, expected torch.uint8")
+    if w.codes.dtype != torch.uint8:
+        raise ValueError(f"{op}: codes has dtype {w.codes.dtype}, expected torch.uint8")
     for name, tensor in (("x", x), ("codebook", w.codebook), ("bias", bias)):
-        check(
-            tensor is None or tensor.is_floating_point(),
-            lambda name=name, tensor=tensor: (
-                f"{op}: {name} has dtype {tensor.dtype}, expected a floating dtype"
-            ),
-        )
-    for name, tensor in (*w._asdict().items(), ("bias", bias)):
-        check(
-            not isinstance(tensor, Tensor) or tensor.device == x.device,
-            lambda name=name, tensor=tensor: (
-                f"{op}: {name} is on {tensor.device}, but x is on {x.device}; "
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating dtype")
+    device = x.device
+    for name, tensor in (
+        ("row_ptr", w.row_ptr),
+        ("positions", w.positions),
+        ("codes", w.codes),
+        ("codebook", w.codebook),
+        ("bias", bias),
+    ):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, but x is on {device}; "
                 "move the layer or x to one device"
-            ),
-        )
-    check(
-        w.codebook.dim() == 1 and w.codebook.shape[0] == 1 << w.bits,
-        lambda: (
+            )
+    if w.codebook.shape != (1 << w.bits,):
+        raise ValueError(
             f"{op}: codebook has shape {tuple(w.codebook.shape)}, expected ({1 << w.bits},) "
             f"for {w.bits} bits"
-        ),
-    )
+        )
     smallest = READ_PADDING + (mask_bytes(w.M, w.K) if w.layout == Layout.MASK else 0)
-    check(
-        w.positions.numel() >= smallest,
-        lambda: (
-            f"{op}: positions has {w.positions.numel()} bytes, expected at least {smallest} "
+    if w.positions.shape[0] < smallest:
+        raise ValueError(
+            f"{op}: positions has {w.positions.shape[0]} bytes, expected at least {smallest} "
             f"for [{w.M}, {w.K}]"
-        ),
-    )
-    check(
-        bias is None or tuple(bias.shape) == (w.M,),
-        lambda: f"{op}: bias has shape {tuple(bias.shape)}, expected ({w.M},)",
-    )
+        )
+    if bias is not None and bias.shape != (w.M,):
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({w.M},)")
 
 
 def weight(

@@ -70,46 +70,38 @@ def _conv2d_shape(
     dilation: list[int],
     groups: int,
 ) -> dict[str, Any]:
-    common.check(
-        x.dim() == 4,
-        lambda: f"conv2d: x has shape {tuple(x.shape)}, expected [batch, C, height, width]",
-    )
+    if x.dim() != 4:
+        raise ValueError(
+            f"conv2d: x has shape {tuple(x.shape)}, expected [batch, C, height, width]"
+        )
     for name, values, least in (
         ("kernel_size", kernel_size, 1),
         ("stride", stride, 1),
         ("padding", padding, 0),
         ("dilation", dilation, 1),
-        ("groups", [groups], 1),
+        ("groups", (groups,), 1),
     ):
-        common.check(
-            min(values) >= least,
-            lambda name=name, values=values, least=least: (
-                f"conv2d: {name} is {tuple(values)}, expected at least {least}"
-            ),
-        )
+        if min(values) < least:
+            raise ValueError(f"conv2d: {name} is {tuple(values)}, expected at least {least}")
     batch, channels, height, width = x.shape
     taps = kernel_size[0] * kernel_size[1]
-    common.check(
-        weight.K % taps == 0 and channels == weight.K // taps * groups,
-        lambda: (
+    if weight.K % taps or channels != weight.K // taps * groups:
+        raise ValueError(
             f"conv2d: x has {channels} channels, expected groups * K / (kernel_h * kernel_w) = "
             f"{groups} * {weight.K} / {taps}"
-        ),
-    )
-    common.check(
-        weight.M % groups == 0,
-        lambda: f"conv2d: M = {weight.M} output channels do not divide into {groups} groups",
-    )
+        )
+    if weight.M % groups:
+        raise ValueError(
+            f"conv2d: M = {weight.M} output channels do not divide into {groups} groups"
+        )
     top, bottom, left, right = padding
     out_height = _out_size(height, top, bottom, kernel_size[0], stride[0], dilation[0])
     out_width = _out_size(width, left, right, kernel_size[1], stride[1], dilation[1])
-    common.check(
-        out_height > 0 and out_width > 0,
-        lambda: (
+    if out_height < 1 or out_width < 1:
+        raise ValueError(
             f"conv2d: kernel {tuple(kernel_size)} with dilation {tuple(dilation)} does not fit "
             f"into the padded image of {height + top + bottom} x {width + left + right} pixels"
-        ),
-    )
+        )
     return {
         "batch": batch,
         "groups": groups,

@@ -30,23 +30,19 @@ def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Te
 
 def _kmeans_assign_check(points: Tensor, centroids: Tensor) -> None:
     for name, tensor in (("points", points), ("centroids", centroids)):
-        common.check(
-            tensor.dtype == torch.float32,
-            lambda name=name, tensor=tensor: (
+        if tensor.dtype != torch.float32:
+            raise ValueError(
                 f"kmeans_assign: {name} has dtype {tensor.dtype}, expected torch.float32"
-            ),
-        )
-    common.check(
-        points.dim() == 1 and centroids.dim() == 1 and 1 <= centroids.shape[0] <= 256,
-        lambda: (
+            )
+    if points.dim() != 1 or centroids.dim() != 1 or not 1 <= centroids.shape[0] <= 256:
+        raise ValueError(
             f"kmeans_assign: points {tuple(points.shape)} and centroids "
             f"{tuple(centroids.shape)} given, expected [n] and [1 to 256]"
-        ),
-    )
-    common.check(
-        points.device == centroids.device,
-        lambda: f"kmeans_assign: points on {points.device}, centroids on {centroids.device}",
-    )
+        )
+    if points.device != centroids.device:
+        raise ValueError(
+            f"kmeans_assign: points on {points.device}, centroids on {centroids.device}"
+        )
 
 
 def _kmeans_assign_fake(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,10 +38,8 @@ def linear(
 
 def _linear_check(x: Tensor, weight: _native.Weight, bias: Tensor | None) -> None:
     common.check_weight("linear", x, weight, bias)
-    common.check(
-        x.dim() >= 1 and x.shape[-1] == weight.K,
-        lambda: f"linear: x has shape {tuple(x.shape)}, expected [..., K = {weight.K}]",
-    )
+    if x.dim() < 1 or x.shape[-1] != weight.K:
+        raise ValueError(f"linear: x has shape {tuple(x.shape)}, expected [..., K = {weight.K}]")
 
 
 def _linear_fake(x: Tensor, *args: Any) -> Tensor:
