@@ -1,5 +1,6 @@
 """Pruned, codebook-quantized networks that run straight from their compressed weights."""
 
+from . import vpr
 from ._native import available_isas, get_isa, set_isa
 from ._version import __version__
 from .compress import CompressConfig, CompressReport, compress_
@@ -20,4 +21,5 @@ __all__ = [
     "load",
     "save",
     "set_isa",
+    "vpr",
 ]

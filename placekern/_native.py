@@ -6,6 +6,7 @@ both share one pool of threads. Sizes and dtypes are checked by the caller; see 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,10 @@ except ImportError as error:
         "or in place with `python setup.py build_ext --inplace`"
     ) from error
 
-try:
+if find_spec("placekern._cuda") is None:  # built without nvcc: all but CUDA tensors works
+    _cuda = None
+else:
     from . import _cuda
-except ModuleNotFoundError:  # built without nvcc: everything but CUDA tensors works
-    _cuda = None  # type: ignore[assignment]
 
 _cpu.get_isa()  # a PLACEKERN_ISA that cannot be had is an error at import, not at the first forward
 
