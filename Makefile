@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 CPP := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format sanitize bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/placekern demo
@@ -23,6 +23,20 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# The op tests on a core built with AddressSanitizer and UndefinedBehaviorSanitizer, at every ISA level.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/installed
+	rm -rf $(SANITIZED)/placekern $(SANITIZED)/tests && mkdir -p $(SANITIZED)
+	cp -r csrc placekern tests setup.py CMakeLists.txt pyproject.toml README.md $(SANITIZED)
+	rm -f $(SANITIZED)/placekern/*.so
+	cd $(SANITIZED) && PATH=$(abspath $(BIN)):$$PATH PLACEKERN_CUDA=off \
+	  CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1" \
+	  $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -k "not opcheck and not gradcheck" \
+	  tests/test_conv2d.py tests/test_linear.py tests/test_kmeans_assign.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -q

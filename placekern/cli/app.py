@@ -21,6 +21,7 @@ from ..nn import quant_sparse_layers
 from ..vpr import (
     ImageList,
     PlaceDataset,
+    Retrieval,
     describe,
     evaluate,
     fit_,
@@ -28,8 +29,9 @@ from ..vpr import (
     load,
     load_corridor,
     load_folders,
+    retrieval_sheet,
+    save_sheet,
 )
-from ..vpr.figure import Retrieval, retrieval_sheet, save_sheet
 from . import console
 from .demo import demo
 from .settings import Bits, Json, Method, Size, Sparsity, Threshold, image_size

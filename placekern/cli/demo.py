@@ -6,37 +6,40 @@ images, of which there is no training part.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 import placekern as pk
 
 from ..vpr import (
+    City,
     PlaceDataset,
     PlaceNet,
+    Retrieval,
     Row,
     build,
     compare,
     describe,
+    distill,
     fit_,
     label_of,
     load,
     load_corridor,
+    retrieval_sheet,
+    save_sheet,
+    train,
     whiten_,
 )
-from ..vpr.city import City
-from ..vpr.figure import Retrieval, retrieval_sheet, save_sheet
 from ..vpr.retrieve import Progress
-from ..vpr.train import train
 from . import console
 from .settings import Json, Size, image_size
 
-CITY_THRESHOLDS = (0.02, 0.05, 0.08)
+CITY_SPARSITIES = (None, 0.3, 0.5)
 DATASET_THRESHOLDS = (0.005, 0.01, 0.02)
 
 
@@ -55,7 +58,10 @@ def demo(
         typer.Option(help="Real images: a folder with query/, ref/ and ground_truth.csv."),
     ] = None,
     size: Size = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps on the city.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps on the city.")] = 350,
+    tuning: Annotated[
+        int, typer.Option(min=1, help="Fine-tuning steps of each compressed network on the city.")
+    ] = 30,
     seed: Annotated[int, typer.Option(help="Of the city and the training.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -73,21 +79,37 @@ def demo(
             model = load(network, weights)
             data = load_corridor(dataset, image_size(size))
             fit_(model, data.references, seed=seed, progress=progress)
-            thresholds, title = DATASET_THRESHOLDS, f"{network} on {dataset.name}"
+            title = f"{network} on {dataset.name}"
+            settings = [
+                pk.CompressConfig(bits=bits, threshold=threshold)
+                for bits in (8, 5)
+                for threshold in DATASET_THRESHOLDS
+            ]
+            finetune = None
         else:
-            model, data = _train_on_city(steps, seed, progress)
-            thresholds, title = CITY_THRESHOLDS, "tiny-netvlad on a rendered city"
-        settings = [
-            pk.CompressConfig(bits=bits, threshold=threshold)
-            for bits in (8, 5)
-            for threshold in thresholds
-        ]
-        rows = compare(model, data, settings, progress=progress)
-        shown = settings[-2]
-        compressed = copy.deepcopy(model)
-        pk.compress_(compressed, shown)
-        pk.save(compressed, output / "model.safetensors")
-        _save_picture(model, compressed, data, rows, label_of(shown), output)
+            model, data, images = _train_on_city(steps, seed, progress)
+            title = "tiny-netvlad, unseen places of a rendered city"
+            settings = [
+                pk.CompressConfig(bits=bits, sparsity=sparsity)
+                for bits in (8, 5)
+                for sparsity in CITY_SPARSITIES
+            ]
+
+            def finetune(compressed: PlaceNet, _: pk.CompressConfig) -> None:
+                # The dense network teaches the compressed one: only codebooks and biases move.
+                distill(compressed, model, images, steps=tuning, seed=seed, progress=progress)
+
+        networks: dict[str, PlaceNet] = {}
+
+        def keep(compressed: PlaceNet, config: pk.CompressConfig) -> None:
+            if finetune is not None:
+                finetune(compressed, config)
+            networks[label_of(config)] = compressed
+
+        rows = compare(model, data, settings, finetune=keep, progress=progress)
+        shown = label_of(settings[-2])
+        pk.save(networks[shown], output / "model.safetensors")
+        _save_picture(model, networks[shown], data, rows, shown, output)
 
     title += f": {len(data.queries)} queries, {len(data.references)} references"
     values = {"title": title, "rows": [console.row_values(row) for row in rows]}
@@ -102,14 +124,18 @@ def demo(
     console.out.print(f"table:   {table_file}")
 
 
-def _train_on_city(steps: int, seed: int, progress: Progress) -> tuple[PlaceNet, PlaceDataset]:
+def _train_on_city(
+    steps: int, seed: int, progress: Progress
+) -> tuple[PlaceNet, PlaceDataset, Tensor]:
     torch.manual_seed(seed)
     city = City(seed)
     seen = city.training(progress=progress)
     unseen = city.test(progress=progress)
-    model = build("tiny-netvlad", clusters=16, seed=seed)
+    model = build("tiny-netvlad", clusters=32, seed=seed)
     train(model, seen.images, seen.labels, steps=steps, seconds=120, seed=seed, progress=progress)
-    return whiten_(model.eval(), seen.images, seed=seed, progress=progress), unseen
+    mirrored = torch.cat([seen.images, seen.images.flip(3)])
+    whiten_(model.eval(), mirrored, dim=512, seed=seed, progress=progress)
+    return model, unseen, seen.images
 
 
 def _save_picture(
@@ -130,5 +156,7 @@ def _save_picture(
         f"{by_label[label].disk_bytes / 1e6:.2f} MB"
         for title, label in (("dense", "dense"), (f"compressed ({setting})", setting))
     )
-    sheet = retrieval_sheet(data.queries, data.references, found, data.positives, subtitle=subtitle)
+    sheet = retrieval_sheet(
+        data.queries, data.references, found, data.positives, rows=3, subtitle=subtitle
+    )
     save_sheet(sheet, output / "retrieved.png")

@@ -1,0 +1,81 @@
+"""Place recognition: networks, data, retrieval and evaluation around the compressed layers.
+
+The surprise: importing this package makes its networks known to `placekern.load`, which rebuilds a
+network from the name in a file.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from placekern.io import register_architecture
+from placekern.vpr.backbones import BACKBONES, BackboneSpec, squeezenet
+from placekern.vpr.city import City
+from placekern.vpr.datasets import (
+    ImageList,
+    PlaceDataset,
+    list_images,
+    load_corridor,
+    load_folders,
+    read_image,
+)
+from placekern.vpr.evaluate import (
+    Evaluation,
+    Row,
+    compare,
+    evaluate,
+    label_of,
+    latency_ms,
+    recall_at,
+)
+from placekern.vpr.figure import Retrieval, retrieval_sheet, save_sheet
+from placekern.vpr.fit import fit_, init_netvlad_, whiten_
+from placekern.vpr.models import ARCHITECTURES, PlaceNet, build
+from placekern.vpr.netvlad import NetVLAD
+from placekern.vpr.preprocess import Preprocess
+from placekern.vpr.retrieve import describe, search
+from placekern.vpr.train import distill, train
+from placekern.vpr.weights import load, load_npz_, read_mat
+from placekern.vpr.whitening import fit_whitening
+
+__all__ = [
+    "ARCHITECTURES",
+    "BACKBONES",
+    "BackboneSpec",
+    "City",
+    "Evaluation",
+    "ImageList",
+    "NetVLAD",
+    "PlaceDataset",
+    "PlaceNet",
+    "Preprocess",
+    "Retrieval",
+    "Row",
+    "build",
+    "compare",
+    "describe",
+    "distill",
+    "evaluate",
+    "fit_",
+    "fit_whitening",
+    "init_netvlad_",
+    "label_of",
+    "latency_ms",
+    "list_images",
+    "load",
+    "load_corridor",
+    "load_folders",
+    "load_npz_",
+    "read_image",
+    "read_mat",
+    "recall_at",
+    "retrieval_sheet",
+    "save_sheet",
+    "search",
+    "squeezenet",
+    "train",
+    "whiten_",
+]
+
+for _name in ARCHITECTURES:
+    register_architecture(_name, partial(build, _name))
