@@ -1,7 +1,7 @@
 """Builds the native core with CMake and Ninja; neither torch nor a GPU is needed to build.
 
-Environment: PLACEKERN_CUDA=auto|on|off says whether `placekern._cuda` is built ("auto": when nvcc is
-found), PLACEKERN_CUDA_ARCHS which GPUs it serves, as CMake writes them ("75;80;86;89;90").
+Environment: PLACEKERN_CUDA=auto|on|off says whether `placekern._cuda` is built ("auto": when nvcc
+is found), PLACEKERN_CUDA_ARCHS which GPUs it serves, as CMake writes them ("75;80;86;89;90").
 """
 
 import os
@@ -33,8 +33,8 @@ def cuda_wanted() -> str | None:
     nvcc = None if choice == "off" else find_nvcc()
     if choice == "on" and nvcc is None:
         sys.exit(
-            "placekern: PLACEKERN_CUDA=on, but nvcc was not found: install the CUDA toolkit (12.0 or "
-            "newer) or point CUDA_HOME at it, or use PLACEKERN_CUDA=off for the CPU only."
+            "placekern: PLACEKERN_CUDA=on, but nvcc was not found: install the CUDA toolkit (12.0 "
+            "or newer) or point CUDA_HOME at it, or use PLACEKERN_CUDA=off for the CPU only."
         )
     return nvcc
 

@@ -106,7 +106,7 @@ def _weight(module: Any, weight: Weight) -> Any:
 
 
 def linear(weight: Weight, x: Tensor, bias: Tensor | None, y: Tensor, relu: bool) -> None:
-    """Fills y [N, M] from x [N, K]; all contiguous and of the codebook's dtype."""
+    """Fills y, N * M elements, from x [N, K]; all contiguous and of the codebook's dtype."""
     sizes = {"N": x.shape[0], "x": x.data_ptr(), "bias": _pointer(bias), "y": y.data_ptr()}
     if x.is_cuda:
         stream = torch.cuda.current_stream(x.device).cuda_stream
@@ -185,4 +185,18 @@ def kmeans_assign(
         sums=sums.data_ptr(),
         counts=counts.data_ptr(),
         threads=torch.get_num_threads(),
+    )
+
+
+def kmeans_optimal(points: Tensor, weights: Tensor, starts: Tensor) -> None:
+    """Fills starts int64 [C] with the first point of each cluster of the exact optimum.
+
+    points (sorted) and weights are float64 [n] on the CPU.
+    """
+    _cpu.kmeans_optimal(
+        n=points.numel(),
+        clusters=starts.numel(),
+        points=points.data_ptr(),
+        weights=weights.data_ptr(),
+        starts=starts.data_ptr(),
     )

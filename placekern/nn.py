@@ -103,7 +103,19 @@ class QuantSparseModule(nn.Module):
         # The arrays have the size that the file's density gives them: make room of that size, after
         # proving them, and let torch copy or assign as it does for any buffer.
         incoming = [state_dict.get(prefix + name) for name in (*_BUFFERS, "codebook")]
-        if all(tensor is not None for tensor in incoming):
+        missing = [
+            name
+            for name, tensor in zip((*_BUFFERS, "codebook"), incoming, strict=True)
+            if tensor is None
+        ]
+        if 0 < len(missing) < len(incoming):
+            # torch would copy what is there, and the kernels would read past the end of the rest.
+            error_msgs.append(
+                f"{prefix.rstrip('.') or type(self).__name__}: the state_dict lacks "
+                f"{', '.join(missing)}; a compressed weight is loaded whole or not at all"
+            )
+            return
+        if not missing:
             try:
                 proven = QuantSparseWeight(self._shape, self.bits, *incoming)
             except (TypeError, ValueError) as error:

@@ -23,7 +23,7 @@ def prove_codebook(codebook: Tensor, bits: int) -> None:
         TypeError: it is not floating.
         ValueError: it is not [2^bits], or an entry is NaN or infinite.
     """
-    if not codebook.is_floating_point():
+    if codebook.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise TypeError(f"codebook has dtype {codebook.dtype}, expected torch.float32")
     if codebook.shape != (1 << bits,):
         raise ValueError(

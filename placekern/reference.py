@@ -41,12 +41,12 @@ def conv2d(
 def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [n] of the nearest centroid, sums float64 [C] and counts int64 [C] per centroid.
 
-    Of two centroids equally near, the smaller is taken; boundaries are float32 midpoints.
+    Of two centroids equally near, the smaller is taken.
     """
     order = torch.argsort(centroids, stable=True)
     sorted_centroids = centroids[order]
-    boundaries = (sorted_centroids[1:] + sorted_centroids[:-1]) / 2
-    codes = order[torch.searchsorted(boundaries, points)]
+    boundaries = (sorted_centroids[1:].double() + sorted_centroids[:-1].double()) / 2
+    codes = order[torch.searchsorted(boundaries, points.double())]
     counts = torch.bincount(codes, minlength=len(centroids))
     sums = torch.zeros(len(centroids), dtype=torch.float64).index_add(0, codes, points.double())
     return codes.to(torch.uint8), sums, counts

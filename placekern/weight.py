@@ -222,7 +222,7 @@ class QuantSparseWeight:
         if mask is not None:
             proofs.prove_dtype("mask", mask, torch.bool)
         proofs.prove_codebook(codebook, bits)
-        matrix = weight.detach().reshape(weight.shape[0], -1)
+        matrix = as_matrix(weight.detach())
         keep = matrix != 0 if mask is None else mask.reshape(matrix.shape)
         values = matrix[keep].float().cpu()
         if not torch.isfinite(values).all():
@@ -373,6 +373,15 @@ class QuantSparseWeight:
         tensors = (self.row_ptr, self.positions, self.codes, self.codebook)
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A shortcut of torch that wants a layer's dense weight (nn.TransformerEncoderLayer has one)
+        # sees by this method that it is no plain tensor, and calls the layer instead.
+        raise TypeError(
+            f"{getattr(func, '__name__', func)} does not take a QuantSparseWeight; call the layer, "
+            "or decode it with to_dense()"
+        )
+
     def __repr__(self) -> str:
         M, K = self.shape
         dense = 4 * M * K
@@ -384,9 +393,29 @@ class QuantSparseWeight:
         )
 
 
+def as_matrix(weight: Tensor) -> Tensor:
+    """[M, ...] as [M, K]: the dimensions after the first, of any size, become one.
+
+    Raises:
+        ValueError: the weight has no dimension.
+    """
+    if weight.dim() == 0:
+        raise ValueError("weight has no dimensions, expected [M, ...]")
+    return weight.reshape(weight.shape[0], weight.shape[1:].numel())
+
+
+def midpoints(codebook: Tensor) -> Tensor:
+    """Boundaries float32 [n - 1] between sorted entries [n]: midpoints, rounded down.
+
+    A value above a boundary belongs to the upper entry. Rounded to nearest, the midpoint of two
+    neighbouring floats could be the upper one, which would then be taken for the lower.
+    """
+    exact = (codebook[1:].double() + codebook[:-1].double()) / 2
+    rounded = exact.float()
+    return torch.where(rounded > exact, torch.nextafter(rounded, torch.tensor(-torch.inf)), rounded)
+
+
 def _nearest(values: Tensor, codebook: Tensor) -> Tensor:
     """Code of the nearest entry, uint8; of two equally near, the smaller entry's."""
     book, order = torch.sort(codebook.detach().float().cpu(), stable=True)
-    return order.to(torch.uint8)[
-        torch.bucketize(values, (book[1:] + book[:-1]) / 2, out_int32=True)
-    ]
+    return order.to(torch.uint8)[torch.bucketize(values, midpoints(book), out_int32=True)]

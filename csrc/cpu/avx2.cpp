@@ -22,23 +22,24 @@ namespace placekern::avx2 {
 
 #include "common-inl.h"
 
-// For each byte of a mask, the places of its bits, and the rank of each place.
+// For each byte of a mask, the places of its bits, and the rank of each place. Made at compile
+// time: a constructor would run AVX2 code when the library is loaded, on whatever processor loads
+// it.
 struct MaskTables {
     alignas(64) uint8_t columns[256][8];
     alignas(64) uint8_t ranks[256][8];
 
-    MaskTables() {
+    constexpr MaskTables() : columns(), ranks() {
         for (int mask = 0; mask < 256; ++mask) {
             int count = 0;
             for (int bit = 0; bit < 8; ++bit) {
-                columns[mask][bit] = 0;
                 ranks[mask][bit] = static_cast<uint8_t>(count);
                 if (mask >> bit & 1) columns[mask][count++] = static_cast<uint8_t>(bit);
             }
         }
     }
 };
-const MaskTables kMaskTables;
+constexpr MaskTables kMaskTables;
 
 template <class T>
 struct Vec;

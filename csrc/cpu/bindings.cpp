@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "dispatch.h"
+#include "kmeans_optimal.h"
 
 namespace py = pybind11;
 using namespace placekern;
@@ -150,4 +151,13 @@ PYBIND11_MODULE(_cpu, m) {
         },
         py::kw_only(), py::arg("n"), py::arg("count"), py::arg("points"), py::arg("boundaries"),
         py::arg("codes"), py::arg("sums"), py::arg("counts"), py::arg("threads"));
+    m.def(
+        "kmeans_optimal",
+        [](int64_t n, int clusters, uintptr_t points, uintptr_t weights, uintptr_t starts) {
+            py::gil_scoped_release release;
+            kmeans_optimal(n, clusters, at<const double>(points), at<const double>(weights),
+                           at<int64_t>(starts));
+        },
+        py::kw_only(), py::arg("n"), py::arg("clusters"), py::arg("points"), py::arg("weights"),
+        py::arg("starts"));
 }

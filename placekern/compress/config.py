@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..weight import QuantSparseWeight
+from ..weight import QuantSparseWeight, as_matrix
 from . import prune, quantize
 
 _METHODS = ("kmeans", "uniform")
@@ -44,6 +44,12 @@ class CompressConfig:
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
             raise ValueError(f"bits is {self.bits!r}, expected an integer from 1 to 8")
+        for name in ("threshold", "sparsity"):
+            value = getattr(self, name)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
+                raise ValueError(f"{name} is {value!r}, expected a number or None")
         if self.threshold is not None and self.sparsity is not None:
             raise ValueError(
                 f"threshold = {self.threshold} and sparsity = {self.sparsity} are both given; "
@@ -55,6 +61,10 @@ class CompressConfig:
             raise ValueError(f"sparsity is {self.sparsity}, expected 0 to 1")
         if self.method not in _METHODS:
             raise ValueError(f"method is {self.method!r}, expected one of {', '.join(_METHODS)}")
+        if not isinstance(self.layers, Mapping):
+            raise ValueError(
+                f"layers is {self.layers!r}, expected a mapping from names to settings"
+            )
         for name, setting in self.layers.items():
             self._merged(name, setting)
 
@@ -81,6 +91,10 @@ class CompressConfig:
     ) -> CompressConfig | None:
         if setting is None or isinstance(setting, CompressConfig):
             return setting
+        if not isinstance(setting, Mapping):
+            raise ValueError(
+                f"layers[{name!r}] is {setting!r}, expected a CompressConfig, a mapping or None"
+            )
         _check_keys(setting, f"layers[{name!r}]")
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
         if "threshold" in setting or "sparsity" in setting:
@@ -96,10 +110,12 @@ class CompressConfig:
     def compress_tensor(self, weight: Tensor) -> QuantSparseWeight:
         """Prunes and quantizes one weight [M, ...]; dimensions after the first become K.
 
+        The codebook is fitted in float32 and returned in the weight's dtype.
+
         Raises:
             ValueError: the weight is not finite.
         """
-        matrix = weight.detach().float().reshape(weight.shape[0], -1)
+        matrix = as_matrix(weight.detach().float())
         if not torch.isfinite(matrix).all():
             row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
             raise ValueError(
@@ -110,7 +126,7 @@ class CompressConfig:
         fit = quantize.fit_kmeans if self.method == "kmeans" else quantize.fit_uniform
         codebook = fit(values, 1 << self.bits)
         codes, _, _ = ops.kmeans_assign(values, codebook)
-        return QuantSparseWeight.from_mask(mask, codes, codebook.to(weight.device))
+        return QuantSparseWeight.from_mask(mask, codes, codebook.to(weight.device, weight.dtype))
 
 
 def _check_keys(settings: Mapping[str, Any], where: str) -> None:

@@ -1,29 +1,30 @@
 """Codebooks: k-means ("non-uniform") and uniform levels for the kept weights of a layer.
 
-The fit is exact Lloyd: the values are sorted once, and with prefix sums an iteration costs a few
-hundred binary searches, however many weights there are.
+The k-means fit starts from the exact optimum of a summary, some thousands of weighted points, and
+ends with Lloyd's iteration on all of them. The values are sorted once; with prefix sums an
+iteration then costs a few hundred binary searches, however many weights there are.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_KNOTS = 4096  # quantiles that describe the density for the initial centroids
+from .. import ops
+
+_SUMMARY = 4096  # points of each of the two spacings that make the summary
 
 
 def fit_kmeans(values: Tensor, clusters: int, iterations: int = 1000) -> Tensor:
     """Centroids of 1-D k-means, float32 [clusters], sorted.
 
-    Starts from the high-resolution optimum, centroids spread with the cube root of the density
-    (Panter and Dite, Proc. IRE 39, 1951), and runs Lloyd's iteration until no centroid moves.
-
     Args:
         values: float32 [n], finite.
         clusters: number of centroids, 1 to 256. With no more distinct values than this, the
             distinct values are returned (the largest repeated) and nothing is lost.
-        iterations: at most this many.
+        iterations: of Lloyd's algorithm, at most this many.
     """
     points = np.sort(values.detach().cpu().numpy().reshape(-1))
     if len(points) == 0:
@@ -34,16 +35,25 @@ def fit_kmeans(values: Tensor, clusters: int, iterations: int = 1000) -> Tensor:
 
     sums = np.zeros(len(points) + 1)
     np.cumsum(points, dtype=np.float64, out=sums[1:])
-    centroids = _spread(points, clusters)
+    edges = _optimal_edges(points, sums, clusters)
+    centroids = np.zeros(clusters)
     for _ in range(iterations):
-        boundaries = ((centroids[1:] + centroids[:-1]) / 2).astype(np.float32)
-        edges = np.concatenate([[0], np.searchsorted(points, boundaries, "right"), [len(points)]])
         counts = np.diff(edges)
         means = np.diff(sums[edges]) / np.maximum(counts, 1)
-        moved = np.where(counts > 0, means, centroids)
+        # An empty cluster repeats its neighbour; it stays empty, and costs nothing.
+        moved = np.maximum.accumulate(np.where(counts > 0, means, -np.inf))
+        moved[np.isneginf(moved)] = means[counts > 0][0]
         if np.array_equal(moved, centroids):
             break
         centroids = moved
+        # Rounded down to the points' own precision: a search among float64 would copy them all.
+        exact = (centroids[1:] + centroids[:-1]) / 2
+        boundaries = exact.astype(np.float32)
+        boundaries = np.where(
+            boundaries > exact, np.nextafter(boundaries, np.float32(-np.inf)), boundaries
+        )
+        inner = np.searchsorted(points, boundaries, "right")
+        edges = np.concatenate([[0], inner, [len(points)]])
     return torch.from_numpy(centroids.astype(np.float32))
 
 
@@ -52,16 +62,35 @@ def fit_uniform(values: Tensor, clusters: int) -> Tensor:
     if values.numel() == 0:
         return torch.zeros(clusters)
     low, high = values.detach().float().aminmax()
-    return torch.linspace(float(low), float(high), clusters)
+    return torch.linspace(float(low), float(high), clusters, dtype=torch.float64).float()
 
 
-def _spread(points: np.ndarray, clusters: int) -> np.ndarray:
-    """Initial centroids: equal steps of the integral of density^(1/3), from sorted points."""
-    knots = np.unique(points[np.linspace(0, len(points) - 1, _KNOTS).astype(np.int64)])
-    # Between two knots lies the same mass, so the density is 1 / width, and its cube root
-    # integrates to width^(2/3).
-    knots = knots.astype(np.float64)
-    mass = np.concatenate([[0.0], np.cumsum(np.diff(knots) ** (2 / 3))])
-    if mass[-1] == 0.0:
-        return np.full(clusters, knots[0])
-    return np.interp((np.arange(clusters) + 0.5) / clusters * mass[-1], mass, knots)
+def _optimal_edges(
+    points: NDArray[np.float32], sums: NDArray[np.float64], clusters: int
+) -> NDArray[np.int64]:
+    """Where clusters begin and end in sorted points, int64 [clusters + 1]; best for a summary."""
+    edges = _summary_edges(points)
+    weights = np.diff(edges).astype(np.float64)
+    means = np.diff(sums[edges]) / weights
+    starts = ops.kmeans_optimal(torch.from_numpy(means), torch.from_numpy(weights), clusters)
+    return np.append(edges[starts.numpy()], len(points))
+
+
+def _summary_edges(points: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Where the points of the summary begin and end; equal values are never parted.
+
+    Half of the edges lie at equal counts, half where an optimal quantizer of many levels would put
+    them: with the cube root of the density (Panter and Dite, Proc. IRE 39, 1951).
+    """
+    if len(points) <= 2 * _SUMMARY:
+        at = np.arange(len(points))
+    else:
+        at = np.linspace(0, len(points) - 1, _SUMMARY).astype(np.int64)
+        knots = np.unique(points[at]).astype(np.float64)
+        # Between two knots lies the same mass, so the density is 1 / width, and its cube root
+        # integrates to width^(2/3).
+        mass = np.concatenate([[0.0], np.cumsum(np.diff(knots) ** (2 / 3))])
+        spread = np.interp(np.linspace(0, mass[-1], _SUMMARY), mass, knots)
+        at = np.concatenate([at, np.searchsorted(points, spread.astype(np.float32))])
+    first = np.searchsorted(points, points[np.minimum(at, len(points) - 1)])
+    return np.unique(np.concatenate([[0], first, [len(points)]]))

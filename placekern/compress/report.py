@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -21,9 +22,11 @@ class LayerReport:
         bits: of a code.
         nnz: non-zeros kept.
         relative_error: |weight - compressed| / |weight|, Frobenius norms.
-        dense_bytes: of weight and bias in float32.
+        dense_bytes: of the dense weight and bias in their dtype.
         resident_bytes: of the compressed weight and bias in memory.
         disk_bytes: of the compressed weight and bias in a file, without the file's header.
+
+    A weight that several layers share counts in the first of them only.
     """
 
     name: str
@@ -70,7 +73,7 @@ class CompressReport:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the whole model before, in float32."""
+        """Bytes of the whole model's tensors before."""
         return self.other_bytes + sum(layer.dense_bytes for layer in self.layers)
 
     @property
@@ -102,7 +105,7 @@ class CompressReport:
             table.add_column(heading, justify="right")
         for layer in self.layers:
             table.add_row(
-                layer.name,
+                escape(layer.name),
                 "x".join(str(extent) for extent in layer.shape),
                 str(layer.bits),
                 f"{layer.density:.3f}",
@@ -118,7 +121,7 @@ class CompressReport:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=110).print(self.table())
+        Console(file=text, width=110, color_system=None, force_terminal=False).print(self.table())
         return text.getvalue().rstrip("\n")
 
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..io.streams import encoded_bytes
 from ..nn import (
     QuantSparseConv2d,
     QuantSparseLinear,
     QuantSparseModule,
-    quant_sparse_layers,
     replace_module,
 )
-from ..weight import QuantSparseWeight
+from ..weight import QuantSparseWeight, as_matrix
 from .config import CompressConfig
 from .report import CompressReport, LayerReport
 
@@ -81,45 +81,47 @@ def compress_(
                 weights[key] = own.compress_tensor(module.weight)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            weights[key].codebook = nn.Parameter(weights[key].codebook.to(module.weight.dtype))
+            weights[key].codebook = nn.Parameter(weights[key].codebook)
         layer = _KINDS[type(module)].from_weight(weights[key], module)
+        first = all(layer.codes is not other.codes for _, other in swaps)
         swaps.append((module, layer))
-        rows.append(_row(name, module, layer))
+        rows.append(_row(name, module, layer, first))
     for module, layer in swaps:
         replace_module(model, module, layer)
     if progress:
         progress("done", len(work), len(work))
-    return CompressReport(tuple(rows), _other_bytes(model))
+    return CompressReport(tuple(rows), _other_bytes(model, [layer for _, layer in swaps]))
 
 
-def _row(name: str, module: nn.Module, layer: QuantSparseModule) -> LayerReport:
-    bias = 0 if module.bias is None else module.bias.numel() * 4
+def _row(name: str, module: nn.Module, layer: QuantSparseModule, first: bool) -> LayerReport:
+    bias = 0 if module.bias is None else module.bias.nbytes
+    weight = layer.weight
     return LayerReport(
         name=name,
         kind=type(module).__name__,
         shape=tuple(module.weight.shape),
         bits=layer.bits,
-        nnz=layer.weight.nnz,
-        relative_error=_relative_error(module.weight, layer.weight),
-        dense_bytes=module.weight.numel() * 4 + bias,
-        resident_bytes=layer.resident_bytes,
-        disk_bytes=encoded_bytes(layer.weight) + bias,
+        nnz=weight.nnz,
+        relative_error=_relative_error(module.weight, weight),
+        dense_bytes=bias + (module.weight.nbytes if first else 0),
+        resident_bytes=bias + (weight.nbytes if first else 0),
+        disk_bytes=bias + (encoded_bytes(weight) if first else 0),
     )
 
 
 @torch.no_grad()
 def _relative_error(dense: Tensor, weight: QuantSparseWeight) -> float:
-    matrix = dense.detach().float().reshape(weight.shape)
+    matrix = as_matrix(dense.detach().float())
     norm = matrix.norm()
     error = (matrix - weight.to_dense(torch.float32)).norm()
     return float(error / norm) if norm > 0 else 0.0
 
 
-def _other_bytes(model: nn.Module) -> int:
-    compressed = {
-        id(tensor)
-        for _, layer in quant_sparse_layers(model)
-        for tensor in (*layer.parameters(), *layer.buffers())
-    }
+def _other_bytes(model: nn.Module, layers: list[QuantSparseModule]) -> int:
+    counted = {id(t) for layer in layers for t in (*layer.parameters(), *layer.buffers())}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for i, t in tensors.items() if i not in compressed)
+    return sum(
+        tensor.nbytes
+        for key, tensor in tensors.items()
+        if key not in counted and not is_lazy(tensor)
+    )

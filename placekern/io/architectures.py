@@ -38,7 +38,7 @@ def build_architecture(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         )
     try:
         model = _BUILDERS[name](**kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
         raise ValueError(f"architecture {name!r} refuses {dict(kwargs)}: {error}") from None
     model.architecture = {"name": name, "kwargs": dict(kwargs)}
     return model

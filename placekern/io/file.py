@@ -46,7 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     entries = []
-    first: dict[int, str] = {}  # of weights shared by several layers: who stores them
+    stored_layers: dict[str, QuantSparseModule] = {}
     skip = set()
     for name, layer in _layers(model):
         weight = layer.weight
@@ -59,18 +59,19 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
             "nnz": weight.nnz,
             "relu": layer.relu,
         }
-        if id(layer.codes) in first:
-            entry["shares"] = first[id(layer.codes)]
+        owners = [key for key, other in stored_layers.items() if _same_weight(layer, other)]
+        if owners:
+            entry["shares"] = owners[0]
         else:
-            first[id(layer.codes)] = name
+            stored_layers[name] = layer
             positions, codes = streams.encode(weight)
-            tensors[f"{name}.positions"] = positions
-            tensors[f"{name}.codes"] = codes
-            tensors[f"{name}.codebook"] = weight.codebook.detach().cpu().float().contiguous()
+            tensors[_key(name, "positions")] = positions
+            tensors[_key(name, "codes")] = codes
+            tensors[_key(name, "codebook")] = weight.codebook.detach().cpu().clone()
         entries.append(entry)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantSparseModule):
-            skip.update(f"{name}.{array}" if name else array for array in _ARRAYS)
+            skip.update(_key(name, array) for array in _ARRAYS)
 
     aliases = {}
     stored: dict[tuple[Any, ...], str] = {}
@@ -91,6 +92,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
     }
     _write(path, tensors, {"placekern": json.dumps(header, sort_keys=True)})
     return path.stat().st_size
+
+
+def _same_weight(one: QuantSparseModule, other: QuantSparseModule) -> bool:
+    """Whether they train one codebook on the same codes; copies of the arrays count as the same."""
+    return one.codebook is other.codebook and all(
+        torch.equal(getattr(one, array), getattr(other, array)) for array in _ARRAYS[:3]
+    )
+
+
+def _key(layer: str, tensor: str) -> str:
+    return f"{layer}.{tensor}" if layer else tensor  # the model itself may be the layer
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -146,10 +158,18 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
                 raise ValueError(
                     f"{path} does not name its architecture; pass a fresh model: load(path, model)"
                 )
-            with torch.device("meta"):  # no memory for dense weights that are about to be replaced
-                model = build_architecture(architecture["name"], architecture["kwargs"])
-            model.eval()
+            model = _build(architecture).eval()
         _fill(model, file, header, path)
+    return model
+
+
+def _build(architecture: dict[str, Any]) -> nn.Module:
+    with torch.device("meta"):  # no memory for dense weights that are about to be replaced
+        model = build_architecture(architecture["name"], architecture["kwargs"])
+    # A buffer that no file holds has its value from the constructor, which meta threw away.
+    kept = model.state_dict().keys()
+    if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in kept):
+        model = build_architecture(architecture["name"], architecture["kwargs"])
     return model
 
 
@@ -179,6 +199,7 @@ def _header(file: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
     sound = (
         isinstance(header.get("layers"), list)
         and isinstance(header.get("aliases"), dict)
+        and all(isinstance(source, str) for source in header["aliases"].values())
         and all(_sound_entry(entry) for entry in header["layers"])
         and _sound_architecture(header.get("architecture"))
     )
@@ -191,7 +212,8 @@ def _sound_entry(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("name"), str)
-        and entry.get("kind") in _KINDS
+        and isinstance(entry.get("kind"), str)
+        and entry["kind"] in _KINDS
         and isinstance(entry.get("shape"), list)
         and len(entry["shape"]) == 2
         and all(type(value) is int for value in (*entry["shape"], entry.get("nnz")))
@@ -224,7 +246,7 @@ def _fill(
                 raise ValueError(f"{path}: {name} shares the weight of an unknown layer")
             weight = layers[entry["shares"]].weight
         else:
-            arrays = [_tensor(file, names, f"{name}.{array}", path) for array in _ARRAYS[1:]]
+            arrays = [_tensor(file, names, _key(name, array), path) for array in _ARRAYS[1:]]
             weight = streams.decode(
                 name, tuple(entry["shape"]), entry["bits"], entry["nnz"], *arrays
             )
@@ -233,20 +255,22 @@ def _fill(
         device = next(module.parameters()).device
         if device.type != "meta":
             layer.to(device)
+        if module is model:
+            _load_into(model, layer, path)
+            layer = model
         replace_module(model, module, layer)
         modules = {key: layer if value is module else value for key, value in modules.items()}
         layers[name] = layer
 
     compressed = {
-        f"{name}.{array}" if name else array
+        _key(name, array)
         for name, module in modules.items()
-        if isinstance(module, QuantSparseModule)
+        if any(module is layer for layer in layers.values())
         for array in _ARRAYS
     }
     plain = {name: file.get_tensor(name) for name in names - compressed}
-    plain |= {
-        alias: plain[source] for alias, source in header["aliases"].items() if source in plain
-    }
+    aliases = {alias: name for alias, name in header["aliases"].items() if name in plain}
+    plain |= {alias: plain[name] for alias, name in aliases.items()}
     assign = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     try:
         result = model.load_state_dict(plain, strict=False, assign=assign)
@@ -259,6 +283,26 @@ def _fill(
             f"{path} does not fit the model: missing in the file {missing or 'nothing'}, "
             f"missing in the model {result.unexpected_keys or 'nothing'}"
         )
+    if assign:  # which makes a parameter of its own for each name
+        for alias, name in aliases.items():
+            owner, _, attribute = alias.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, _attribute(model, name))
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute)
+
+
+def _load_into(model: nn.Module, layer: QuantSparseModule, path: str | os.PathLike[str]) -> None:
+    """For a model that is itself a layer: it cannot be replaced, but takes the weight."""
+    if not isinstance(model, QuantSparseModule) or model.bits != layer.bits:
+        raise ValueError(
+            f"{path} holds a single {layer.bits}-bit layer, which cannot take the place of a "
+            f"{type(model).__name__} in place; load into a compressed layer of the same bits"
+        )
+    model.weight = layer.weight
+    model.relu = layer.relu
 
 
 def _check_fits(

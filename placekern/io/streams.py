@@ -29,7 +29,7 @@ def encode(weight: QuantSparseWeight) -> tuple[Tensor, Tensor]:
 
 def encoded_bytes(weight: QuantSparseWeight) -> int:
     """Bytes of a weight in a file: both streams and the codebook."""
-    return sum(stream.numel() for stream in encode(weight)) + 4 * weight.codebook.numel()
+    return sum(stream.numel() for stream in encode(weight)) + weight.codebook.nbytes
 
 
 def decode(
@@ -81,6 +81,10 @@ def _compress(data: NDArray[np.uint8]) -> Tensor:
 
 
 def _decompress(name: str, stream: Tensor, size: int) -> NDArray[np.uint8]:
+    if stream.dtype != torch.uint8 or stream.dim() != 1:
+        raise ValueError(
+            f"{name} is {stream.dtype} {tuple(stream.shape)}, expected a flat torch.uint8 tensor"
+        )
     data = stream.numpy().tobytes()
     try:
         promised = zstandard.frame_content_size(data)

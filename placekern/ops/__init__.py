@@ -6,6 +6,7 @@ here take a `QuantSparseWeight` and fill them in.
 
 from .conv2d import conv2d
 from .kmeans_assign import kmeans_assign
+from .kmeans_optimal import kmeans_optimal
 from .linear import linear
 
-__all__ = ["conv2d", "kmeans_assign", "linear"]
+__all__ = ["conv2d", "kmeans_assign", "kmeans_optimal", "linear"]

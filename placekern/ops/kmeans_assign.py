@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..weight import midpoints
 from . import common
 
 
@@ -15,7 +16,7 @@ def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Te
     Args:
         points: float32, any shape, n elements.
         centroids: float32 [C], 1 to 256, in any order. Of two centroids equally near, the smaller
-            is taken; boundaries are float32 midpoints.
+            is taken.
 
     Returns:
         codes uint8 of the points' shape, sums float64 [C] and counts int64 [C] of the points of
@@ -59,7 +60,7 @@ def _kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, T
     common.no_cuda("kmeans_assign", points)
     order = torch.argsort(centroids.detach(), stable=True)
     ordered = centroids.detach()[order]
-    boundaries = (ordered[1:] + ordered[:-1]) / 2
+    boundaries = midpoints(ordered)
     codes, sums, counts = _kmeans_assign_fake(points, centroids)
     _native.kmeans_assign(points.detach().contiguous(), boundaries, codes, sums, counts)
     if torch.equal(order, torch.arange(len(order))):

@@ -60,10 +60,11 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
     if x.is_cuda and dtype == torch.float64:
         raise NotImplementedError("linear: float64 runs on the CPU only; use float32 on CUDA")
     flat = x.detach().reshape(x.shape[:-1].numel(), weight.K).to(dtype).contiguous()
-    y = flat.new_empty((flat.shape[0], weight.M))
+    # Made in its final shape: autograd refuses in-place changes of an output that is a view.
+    y = flat.new_empty((*x.shape[:-1], weight.M))
     offset = None if bias is None else bias.detach().to(dtype).contiguous()
     _native.linear(common.ready(weight, dtype), flat, offset, y, relu)
-    return y.reshape(*x.shape[:-1], weight.M).to(x.dtype)
+    return y.to(x.dtype)
 
 
 def _linear_backward_fake(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
