@@ -165,6 +165,10 @@ class QuantSparseLinear(QuantSparseModule):
         bits: int = 8,
         relu: bool = False,
     ) -> None:
+        if in_features < 0 or out_features < 0:
+            raise ValueError(
+                f"in_features = {in_features} and out_features = {out_features}, expected >= 0"
+            )
         super().__init__((out_features, in_features), bits)
         self.in_features = in_features
         self.out_features = out_features
@@ -244,6 +248,8 @@ class QuantSparseConv2d(QuantSparseModule):
         bits: int = 8,
         relu: bool = False,
     ) -> None:
+        if not isinstance(kernel_size, int) and len(kernel_size) != 2:
+            raise ValueError(f"kernel_size is {kernel_size}, expected an int or (height, width)")
         # nn.Conv2d checks and normalises the arguments, and knows what 'same' means.
         like = nn.Conv2d(
             in_channels,

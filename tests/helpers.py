@@ -29,7 +29,24 @@ def with_codebook(weight: QuantSparseWeight, codebook: Tensor) -> QuantSparseWei
     )
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected|, Frobenius norms in float64; absolute where it is 0."""
+def relative_error(actual: Tensor, expected: Tensor, squares: Tensor | None = None) -> float:
+    """|actual - expected| / |expected|, Frobenius norms in float64; absolute where it is 0.
+
+    `squares` holds the sum of the squares of the terms of each result: its root is the size that a
+    result has when its terms do not happen to cancel. Where they do, the error is relative to that.
+    """
     actual, expected = actual.detach().double(), expected.detach().double()
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-3))
+    size = expected.norm()
+    if squares is not None:
+        size = size.maximum(squares.detach().sum().sqrt())
+    return float((actual - expected).norm() / size.clamp_min(1e-3))
+
+
+def exact_copies(*tensors: Tensor | None) -> list[Tensor | None]:
+    """float64 leaves of the same values, None where there is none."""
+    return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+
+
+def squared_copies(*tensors: Tensor | None) -> list[Tensor | None]:
+    """float64 leaves of the squares: run through an op, they give the squares of its terms."""
+    return [None if t is None else t.detach().double().square().requires_grad_() for t in tensors]

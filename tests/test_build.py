@@ -34,7 +34,7 @@ def import_with(isa: str | None, code: str) -> subprocess.CompletedProcess[str]:
     if isa is not None:
         environment["PLACEKERN_ISA"] = isa
     return subprocess.run(
-        [sys.executable, "-c", f"import placekern as pk\n{code}"],
+        [sys.executable, "-c", f"{ONLY_THE_COPY}import placekern as pk\n{code}"],
         capture_output=True,
         text=True,
         cwd=Path(pk.__file__).parents[1],
@@ -312,12 +312,19 @@ def test_the_cuda_module_needs_neither_driver_nor_runtime_library() -> None:
     assert not any(re.search(r"libcuda|libcudart|libnv|torch|c10", name) for name in names)
 
 
+# An editable install would find what the copy lacks in the place that it was installed from.
+ONLY_THE_COPY = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+"""
+
+
 def import_a_copy(folder: Path, without: str, code: str) -> subprocess.CompletedProcess[str]:
     """Runs code after importing a copy of the package that lacks the files `without`."""
     ignore = shutil.ignore_patterns(without, "__pycache__")
     shutil.copytree(Path(pk.__file__).parent, folder / "placekern", ignore=ignore)
     return subprocess.run(
-        [sys.executable, "-c", f"import placekern as pk\n{code}"],
+        [sys.executable, "-c", f"{ONLY_THE_COPY}import placekern as pk\n{code}"],
         capture_output=True,
         text=True,
         cwd=folder,

@@ -583,10 +583,24 @@ def tied() -> nn.Sequential:
     return model
 
 
+def tied_to_an_embedding() -> nn.ModuleDict:
+    model = nn.ModuleDict({"embedding": nn.Embedding(90, 50), "head": nn.Linear(50, 90)})
+    model["head"].weight = model["embedding"].weight
+    return model
+
+
+def with_a_shared_bias() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].bias = model[0].bias
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": network,
     "nothing to compress": lambda: nn.Sequential(nn.LayerNorm(5)),
     "tied": tied,
+    "tied to an embedding": tied_to_an_embedding,
+    "with a shared bias": with_a_shared_bias,
     "bfloat16": lambda: network().bfloat16(),
     "float64": lambda: network().double(),
 }
@@ -669,3 +683,26 @@ def test_the_printed_table_shows_every_layer(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_table_of_no_layers_prints() -> None:
     assert "0 layers" in str(compress_(nn.Sequential(nn.ReLU())))
+
+
+def test_a_setting_for_a_layer_that_is_not_there_is_refused() -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r"layers\['features\.\*'\] fits no layer"):
+        compress_(model, CompressConfig(layers={"features.*": {"bits": 5}}))
+    assert not list(quant_sparse_layers(model))
+    compress_(nn.Sequential(nn.Linear(3, 3)), CompressConfig(layers={"Conv2d": None}))
+
+
+def test_the_codebook_of_a_frozen_weight_is_frozen() -> None:
+    model = network()
+    next(m for m in model.modules() if isinstance(m, nn.Conv2d)).weight.requires_grad_(False)
+    compress_(model)
+    frozen = [not layer.codebook.requires_grad for _, layer in quant_sparse_layers(model)]
+    assert frozen == [True, False, False, False]
+
+
+def test_a_model_without_weights_yet_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="0 is on the meta device"):
+        compress_(model)

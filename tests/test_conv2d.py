@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_weight, relative_error, with_codebook
+from helpers import exact_copies, random_weight, relative_error, squared_copies, with_codebook
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -79,19 +79,19 @@ def test_random_layers_agree_with_the_reference(isa: str, way: str, data: Any, s
         relu=relu,
     )
 
-    exact = [
-        None if t is None else t.detach().double().requires_grad_() for t in (x, codebook, bias)
-    ]
-    dense = with_codebook(weight, exact[1]).to_dense()
-    expected = reference.conv2d(
-        exact[0], dense, exact[2], kernel, stride, padding, dilation, groups
-    )
-    if relu:  # by our own signs: rounding may move an output across zero
-        expected = torch.where(y.detach() > 0, expected, 0)
+    def run_reference(x: Tensor, codebook: Tensor, bias: Tensor | None) -> Tensor:
+        dense = with_codebook(weight, codebook).to_dense()
+        result = reference.conv2d(x, dense, bias, kernel, stride, padding, dilation, groups)
+        # ReLU by our own signs: rounding may move an output across zero.
+        return torch.where(y.detach() > 0, result, 0) if relu else result
+
+    leaves = (x, codebook, bias)
+    exact, squares = exact_copies(*leaves), squared_copies(*leaves)
+    expected, terms = run_reference(*exact), run_reference(*squares)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert y.dtype == dtype
     assert y.shape == expected.shape
-    assert relative_error(y, expected) < tolerance
+    assert relative_error(y, expected, terms) < tolerance
     if layout == "channels_last" and not x.is_contiguous():
         assert y.is_contiguous(memory_format=torch.channels_last)
 
@@ -100,9 +100,10 @@ def test_random_layers_agree_with_the_reference(isa: str, way: str, data: Any, s
         grad_y = grad_y.contiguous(memory_format=torch.channels_last)
     y.backward(grad_y)
     expected.backward(grad_y.double())
-    for actual, wanted in zip((x, codebook, bias), exact, strict=True):
+    terms.backward(grad_y.double().square())
+    for actual, wanted, term in zip(leaves, exact, squares, strict=True):
         if actual is not None:
-            assert relative_error(actual.grad, wanted.grad) < 10 * tolerance
+            assert relative_error(actual.grad, wanted.grad, term.grad) < 10 * tolerance
 
 
 @pytest.mark.parametrize("layout", FORMATS)

@@ -207,6 +207,18 @@ def test_the_dtype_is_kept(
     same(pk.load(path, target().to(dtype)), model)
 
 
+@pytest.mark.parametrize("target", [into_dense, into_compressed])
+def test_a_target_of_another_dtype_keeps_its_own(
+    target: Callable[[], nn.Module], model: Network, path: Path
+) -> None:
+    # As load_state_dict copies values into the parameters that are there.
+    pk.save(model, path)
+    loaded = pk.load(path, target().double())
+    assert {p.dtype for p in loaded.parameters()} == {torch.float64}
+    decoded = loaded.wide.to_dense()
+    assert decoded(torch.randn(2, 4).double()).dtype == torch.float64
+
+
 @pytest.mark.parametrize("build", [lambda: nn.Linear(40, 30), lambda: nn.Conv2d(4, 6, 3)])
 def test_a_single_layer_round_trip(build: Callable[[], nn.Module], path: Path) -> None:
     kind = pk.QuantSparseLinear if type(build()) is nn.Linear else pk.QuantSparseConv2d

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import random_weight, relative_error, with_codebook
+from helpers import exact_copies, random_weight, relative_error, squared_copies, with_codebook
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.library import opcheck
 
 import placekern as pk
@@ -50,21 +51,25 @@ def test_random_layers_agree_with_the_reference(
     b = torch.randn(M, dtype=dtype, requires_grad=True) if bias else None
     y = ops.linear(x, with_codebook(weight, codebook), b, relu=relu)
 
-    exact = [None if t is None else t.detach().double().requires_grad_() for t in (x, codebook, b)]
-    dense = with_codebook(weight, exact[1]).to_dense()
-    expected = reference.linear(exact[0], dense, exact[2])
-    if relu:  # by our own signs: rounding may move an output across zero
-        expected = torch.where(y.detach() > 0, expected, 0)
+    def run_reference(x: Tensor, codebook: Tensor, bias: Tensor | None) -> Tensor:
+        result = reference.linear(x, with_codebook(weight, codebook).to_dense(), bias)
+        # ReLU by our own signs: rounding may move an output across zero.
+        return torch.where(y.detach() > 0, result, 0) if relu else result
+
+    leaves = (x, codebook, b)
+    exact, squares = exact_copies(*leaves), squared_copies(*leaves)
+    expected, terms = run_reference(*exact), run_reference(*squares)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert y.dtype == dtype
-    assert relative_error(y, expected) < tolerance
+    assert relative_error(y, expected, terms) < tolerance
 
     grad_y = torch.randn_like(y)
     y.backward(grad_y)
     expected.backward(grad_y.double())
-    for actual, wanted in zip((x, codebook, b), exact, strict=True):
+    terms.backward(grad_y.double().square())
+    for actual, wanted, term in zip(leaves, exact, squares, strict=True):
         if actual is not None:
-            assert relative_error(actual.grad, wanted.grad) < 10 * tolerance
+            assert relative_error(actual.grad, wanted.grad, term.grad) < 10 * tolerance
 
 
 @pytest.mark.parametrize("density", [0.05, 0.5])

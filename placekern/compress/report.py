@@ -59,32 +59,21 @@ class CompressReport:
 
     Attributes:
         layers: a row a layer, in the model's order.
-        other_bytes: parameters and buffers of the layers left as they are.
+        dense_bytes: of all parameters and buffers of the model before, each counted once.
+        resident_bytes: of all parameters and buffers now, each counted once.
+        disk_bytes: of all tensors in a file, without the file's header.
     """
 
     layers: tuple[LayerReport, ...]
-    other_bytes: int
+    dense_bytes: int
+    resident_bytes: int
+    disk_bytes: int
 
     @property
     def pruned(self) -> float:
         """Share of the compressed layers' weights that are gone, 0 to 1."""
         weights = sum(layer.weights for layer in self.layers)
         return 1 - sum(layer.nnz for layer in self.layers) / weights if weights else 0.0
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the whole model's tensors before."""
-        return self.other_bytes + sum(layer.dense_bytes for layer in self.layers)
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the whole model's tensors in memory now."""
-        return self.other_bytes + sum(layer.resident_bytes for layer in self.layers)
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes of the whole model's tensors in a file, without the file's header."""
-        return self.other_bytes + sum(layer.disk_bytes for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -113,9 +102,13 @@ class CompressReport:
                 *(_kilo(b) for b in (layer.dense_bytes, layer.resident_bytes, layer.disk_bytes)),
             )
         table.add_section()
-        other = _kilo(self.other_bytes)
-        table.add_row("other tensors", "", "", "", "", other, other, other)
         totals = (self.dense_bytes, self.resident_bytes, self.disk_bytes)
+        columns = zip(
+            *((r.dense_bytes, r.resident_bytes, r.disk_bytes) for r in self.layers), strict=True
+        )
+        compressed = [sum(column) for column in columns] or [0, 0, 0]
+        rest = (_kilo(total - part) for total, part in zip(totals, compressed, strict=True))
+        table.add_row("other tensors", "", "", "", "", *rest)
         table.add_row("total", "", "", "", "", *(_kilo(b) for b in totals), style="bold")
         return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +33,8 @@ def compress_(
     """Prunes and quantizes a model's layers in place, one shot.
 
     A module under several names is compressed once and stays shared; modules that share one weight
-    keep sharing it, as one codebook. Layers that are not touched stay bit-identical.
+    keep sharing it, as one codebook. Layers that are not touched stay bit-identical. Hooks stay
+    with the dense layers; the codebook of a frozen weight is frozen.
 
     Args:
         model: any module. `nn.Conv2d` and `nn.Linear` layers are swapped (exactly these types:
@@ -47,8 +49,8 @@ def compress_(
 
     Raises:
         TypeError: the model is itself a Conv2d or Linear layer.
-        ValueError: the config is out of range, or a weight is not finite; the model is then
-            unchanged.
+        ValueError: the config is out of range or names a layer that is not there, or a weight is
+            not finite or on the meta device; the model is then unchanged.
     """
     if config is None:
         config = CompressConfig()
@@ -64,11 +66,18 @@ def compress_(
     for name, module in model.named_modules():
         if type(module) not in _KINDS or (filter_fn and not filter_fn(module, name)):
             continue
+        if module.weight.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no weights; load them first")
         own = config.for_layer(name, module)
         if own is not None:
             work.append((name, module, own))
 
+    unused = [key for key in config.layers if not _matches(model, key)]
+    if unused:
+        raise ValueError(f"layers[{unused[0]!r}] fits no layer of the model; check its spelling")
+
     # Everything is computed before anything is swapped: an error leaves the model as it was.
+    before = _tensors(model)
     weights: dict[tuple[int, CompressConfig], QuantSparseWeight] = {}
     swaps: list[tuple[nn.Module, QuantSparseModule]] = []
     rows = []
@@ -81,7 +90,9 @@ def compress_(
                 weights[key] = own.compress_tensor(module.weight)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            weights[key].codebook = nn.Parameter(weights[key].codebook)
+            weights[key].codebook = nn.Parameter(
+                weights[key].codebook, requires_grad=module.weight.requires_grad
+            )
         layer = _KINDS[type(module)].from_weight(weights[key], module)
         first = all(layer.codes is not other.codes for _, other in swaps)
         swaps.append((module, layer))
@@ -90,11 +101,22 @@ def compress_(
         replace_module(model, module, layer)
     if progress:
         progress("done", len(work), len(work))
-    return CompressReport(tuple(rows), _other_bytes(model, [layer for _, layer in swaps]))
+    after = _tensors(model)
+    layers = [layer for _, layer in swaps]
+    arrays = {id(t) for layer in layers for t in (*layer.buffers(), layer.codebook)}
+    return CompressReport(
+        layers=tuple(rows),
+        dense_bytes=sum(t.nbytes for t in before.values()),
+        resident_bytes=sum(t.nbytes for t in after.values()),
+        disk_bytes=sum(
+            row.disk_bytes - _bias_bytes(layer) for row, layer in zip(rows, layers, strict=True)
+        )
+        + sum(t.nbytes for key, t in after.items() if key not in arrays),
+    )
 
 
 def _row(name: str, module: nn.Module, layer: QuantSparseModule, first: bool) -> LayerReport:
-    bias = 0 if module.bias is None else module.bias.nbytes
+    bias = _bias_bytes(layer)
     weight = layer.weight
     return LayerReport(
         name=name,
@@ -109,6 +131,10 @@ def _row(name: str, module: nn.Module, layer: QuantSparseModule, first: bool) ->
     )
 
 
+def _bias_bytes(layer: QuantSparseModule) -> int:
+    return 0 if layer.bias is None else layer.bias.nbytes
+
+
 @torch.no_grad()
 def _relative_error(dense: Tensor, weight: QuantSparseWeight) -> float:
     matrix = as_matrix(dense.detach().float())
@@ -117,11 +143,16 @@ def _relative_error(dense: Tensor, weight: QuantSparseWeight) -> float:
     return float(error / norm) if norm > 0 else 0.0
 
 
-def _other_bytes(model: nn.Module, layers: list[QuantSparseModule]) -> int:
-    counted = {id(t) for layer in layers for t in (*layer.parameters(), *layer.buffers())}
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(
-        tensor.nbytes
-        for key, tensor in tensors.items()
-        if key not in counted and not is_lazy(tensor)
+def _tensors(model: nn.Module) -> dict[int, Tensor]:
+    """All tensors of the model that exist, each once."""
+    tensors = (*model.parameters(), *model.buffers())
+    return {id(tensor): tensor for tensor in tensors if not is_lazy(tensor)}
+
+
+def _matches(model: nn.Module, key: str) -> bool:
+    # A type may be absent, so that one config serves many models; a name that is, is misspelt.
+    return key in [kind.__name__ for kind in _KINDS] or any(
+        fnmatch.fnmatchcase(name, key)
+        for name, module in model.named_modules()
+        if type(module) in _KINDS
     )

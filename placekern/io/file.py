@@ -74,15 +74,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
             skip.update(_key(name, array) for array in _ARRAYS)
 
     aliases = {}
-    stored: dict[tuple[Any, ...], str] = {}
+    stored: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in skip:
             continue
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in stored:
-            aliases[name] = stored[key]
+        if id(tensor) in stored:
+            aliases[name] = stored[id(tensor)]
         else:
-            stored[key] = name
+            stored[id(tensor)] = name
             tensors[name] = tensor.detach().cpu().contiguous().clone()
     header = {
         "format": FORMAT_VERSION,
@@ -250,6 +249,9 @@ def _fill(
             weight = streams.decode(
                 name, tuple(entry["shape"]), entry["bits"], entry["nnz"], *arrays
             )
+            like = module.codebook if isinstance(module, QuantSparseModule) else module.weight
+            book = weight.codebook if like.is_meta else weight.codebook.to(like.dtype)
+            weight.codebook = nn.Parameter(book, requires_grad=like.requires_grad)
         layer = _KINDS[entry["kind"]].from_weight(weight, module)
         layer.relu = bool(entry.get("relu", False))
         device = next(module.parameters()).device
