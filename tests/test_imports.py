@@ -154,9 +154,7 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 def test_only_native_takes_addresses_of_tensors() -> None:
     users = {str(p.relative_to(PACKAGE)) for p in FILES if "data_ptr(" in code_of(p)}
-    # io/file.py compares addresses to find parameters that are tied, and passes none on.
-    assert "_native.py" in users
-    assert users <= {"_native.py", "io/file.py"}
+    assert users == {"_native.py"}
 
 
 def test_the_loaders_of_the_core_are_used_by_native_alone() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import placekern as pk
 
+from ..io.atomic import written_beside
 from ..vpr import (
     City,
     PlaceDataset,
@@ -114,7 +115,8 @@ def demo(
     title += f": {len(data.queries)} queries, {len(data.references)} references"
     values = {"title": title, "rows": [console.row_values(row) for row in rows]}
     table_file = output / "table.json"
-    table_file.write_text(json.dumps(values, indent=2) + "\n")
+    with written_beside(table_file) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
     if as_json:
         console.print_json(values)
         return

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ..nn import QuantSparseConv2d, QuantSparseLinear, QuantSparseModule, replac
 from ..nn import quant_sparse_layers as _layers
 from . import streams
 from .architectures import build_architecture
+from .atomic import written_beside
 
 FORMAT_VERSION = 1
 
@@ -89,7 +89,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         "layers": entries,
         "aliases": aliases,
     }
-    _write(path, tensors, {"placekern": json.dumps(header, sort_keys=True)})
+    with written_beside(path) as temporary:
+        save_file(tensors, temporary, metadata={"placekern": json.dumps(header, sort_keys=True)})
     return path.stat().st_size
 
 
@@ -102,24 +103,6 @@ def _same_weight(one: QuantSparseModule, other: QuantSparseModule) -> bool:
 
 def _key(layer: str, tensor: str) -> str:
     return f"{layer}.{tensor}" if layer else tensor  # the model itself may be the layer
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ wrong one a red border *and* a cross, so the sheet can be read in grey and by th
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from placekern.io.atomic import written_beside
 from placekern.vpr.retrieve import search
 
 RIGHT = (22, 138, 72)
@@ -187,15 +187,13 @@ def save_sheet(sheet: Image.Image, path: str | Path, limit: int = 600_000) -> in
     Above `limit` bytes the colours are reduced to the 256 that suit the sheet best, which shrinks
     it to a third and is hardly seen; a sheet that is still larger is written all the same.
     """
-    path = Path(path)
     data = _encode(sheet)
     if len(data) > limit:
         # Median cut alone greys rare strong colours; a few k-means rounds and dithering keep them.
         palette = sheet.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2)
         data = _encode(sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(data)
-    os.replace(beside, path)
+    with written_beside(path) as temporary:
+        temporary.write_bytes(data)
     return len(data)
 
 

@@ -1,0 +1,159 @@
+"""The command line as a user meets it: exit codes, tables, JSON, errors without a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import placekern as pk
+from placekern.cli import demo as demo_module
+from placekern.cli.settings import image_size
+
+
+def run(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    code = "from placekern.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
+    )
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A data set of six places in the layout query/, ref/, ground_truth.csv."""
+    generator = np.random.default_rng(0)
+    places = [generator.integers(0, 256, (6, 8, 3), dtype=np.uint8) for _ in range(6)]
+    for folder, noise in (("query", 12), ("ref", 0)):
+        (tmp_path / folder).mkdir()
+        for i, place in enumerate(places):
+            image = np.asarray(Image.fromarray(place).resize((96, 72), Image.Resampling.BICUBIC))
+            noisy = image + generator.integers(-noise, noise + 1, image.shape)
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
+                tmp_path / folder / f"{i:07d}.png"
+            )
+    rows = "\n".join(f"{i},{i}" for i in range(6))
+    (tmp_path / "ground_truth.csv").write_text(f"query,ref_matches\n{rows}\n")
+    return tmp_path
+
+
+def test_info_as_json() -> None:
+    result = run("info", "--json")
+    facts = json.loads(result.stdout)
+    assert result.returncode == 0
+    assert facts["placekern"] == pk.__version__
+    assert facts["isas available"] == pk.available_isas()
+
+
+def test_compress_inspect_evaluate(photographs: Path) -> None:
+    file = photographs / "model.safetensors"
+    result = run(
+        "compress", "tiny-netvlad", "-o", file, "--references", photographs / "ref", "--bits", "5",
+        "--sparsity", "0.4", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["file_bytes"] == file.stat().st_size
+    assert report["pruned"] == pytest.approx(0.4, abs=0.01)
+
+    table = run("inspect", file)
+    assert table.returncode == 0, table.stderr
+    assert "tiny-netvlad" in table.stdout
+    layers = json.loads(run("inspect", file, "--json").stdout)["layers"]
+    assert [row["name"] for row in layers] == [row["name"] for row in report["layers"]]
+    assert all(row["bits"] == 5 for row in layers)
+
+    picture = photographs / "picture.png"
+    result = run("evaluate", file, "--dataset", photographs, "--picture", picture, "--json")
+    assert result.returncode == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert (values["queries"], values["references"]) == (6, 6)
+    assert values["recalls"]["5"] >= 0.5
+    assert Image.open(picture).size[0] > 300
+    folders = ("--queries", photographs / "query", "--references", photographs / "ref")
+    truth = ("--ground-truth", photographs / "ground_truth.csv")
+    again = run("evaluate", file, *folders, *truth, "--json")
+    assert json.loads(again.stdout)["recalls"] == values["recalls"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
+        (["inspect", __file__], "is not a sound safetensors file"),
+        (["compress", "resnet-netvlad", "-o", "x"], "unknown network 'resnet-netvlad'"),
+        (["compress", "tiny-netvlad", "-o", "no/such/folder/x"], "no/such/folder"),
+        (["evaluate", "nowhere.safetensors"], "give --dataset, or both"),
+        (["demo", "--dataset", "nowhere"], "--weights and --dataset go together"),
+        (["evaluate", "x", "--dataset", "y", "--size", "big"], '--size is "big", expected HEIGHTx'),
+    ],
+)
+def test_errors_are_one_sentence(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == 1
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["compress"], ["inspect"], ["info", "--color"]])
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_image_size() -> None:
+    assert image_size(None) is None
+    assert image_size("240x320") == (240, 320)
+    for text in ("240", "240x", "0x5", "-1x5", "axb", "1x2x3"):
+        with pytest.raises(ValueError, match="expected HEIGHTxWIDTH"):
+            image_size(text)
+
+
+class SmallCity(pk.vpr.City):
+    """A city with few places, so that the demo's whole path runs in seconds."""
+
+    def training(self, progress: Any = None, **_: Any) -> Any:
+        return super().training(places=6, views=4, progress=progress)
+
+    def test(self, progress: Any = None, **_: Any) -> Any:
+        return super().test(places=5, references=1, queries=2, progress=progress)
+
+
+def test_demo_on_a_small_city(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def small_whitening(model: Any, images: Tensor, dim: int, **rest: Any) -> Any:
+        return pk.vpr.whiten_(model, images, dim=8, **rest)
+
+    monkeypatch.setattr(demo_module, "City", SmallCity)
+    monkeypatch.setattr(demo_module, "whiten_", small_whitening)
+    monkeypatch.setattr(
+        demo_module,
+        "train",
+        lambda *args, **options: pk.vpr.train(*args, **(options | {"places": 4, "views": 2})),
+    )
+    demo_module.demo(output=tmp_path / "out", steps=2, tuning=1, seed=0, as_json=True)
+    values = json.loads(capsys.readouterr().out)
+    labels = [row["label"] for row in values["rows"]]
+    assert labels[0] == "dense"
+    assert len(labels) == 7
+    dense, *compressed = values["rows"]
+    assert all(row["disk_bytes"] < dense["disk_bytes"] for row in compressed)
+    assert json.loads((tmp_path / "out" / "table.json").read_text()) == values
+    assert Image.open(tmp_path / "out" / "retrieved.png").mode in ("RGB", "P")
+    with torch.inference_mode():
+        descriptor = pk.load(tmp_path / "out" / "model.safetensors")(torch.rand(1, 3, 72, 96))
+    assert float(descriptor.norm()) == pytest.approx(1, abs=1e-5)
