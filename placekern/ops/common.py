@@ -34,10 +34,37 @@ def register(
     torch.library.register_fake(f"placekern::{name}", fake, lib=library)
 
 
-def register_gradients(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
-) -> None:
-    """Adds autograd and autocast to a registered op."""
+def register_gradients(name: str, channels: int) -> None:
+    """Adds autograd and autocast to a registered op `name` that has an op `name`_backward.
+
+    Args:
+        name: of an op (x, WEIGHT, bias, its own sizes, relu) -> y.
+        channels: the dimension of y that the bias runs along.
+    """
+    backward_op = getattr(torch.ops.placekern, f"{name}_backward")
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, row_ptr, positions, codes, codebook, K, bits, layout, bias, *sizes, relu = inputs
+        arrays = (row_ptr, positions, codes, codebook)
+        ctx.save_for_backward(x, *arrays, bias, output if relu else None)
+        ctx.sizes = (K, bits, layout, *sizes)
+        ctx.inputs = len(inputs)
+
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, *arrays, bias, output = ctx.saved_tensors
+        if output is not None:
+            grad_y = torch.ops.aten.threshold_backward(grad_y, output, 0)
+        gradients: list[Tensor | None] = [None] * ctx.inputs
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[4]]
+        if any(wanted):
+            grad_x, grad_codebook = backward_op(grad_y, x, *arrays, *ctx.sizes, wanted)
+            gradients[0] = grad_x if wanted[0] else None
+            gradients[4] = grad_codebook if wanted[1] else None
+        if ctx.needs_input_grad[8]:
+            by_channel = grad_y.transpose(channels, -1)
+            gradients[8] = by_channel.sum_to_size(bias.shape).to(bias.dtype)
+        return tuple(gradients)
+
     torch.library.register_autograd(
         f"placekern::{name}", backward, setup_context=setup_context, lib=library
     )
@@ -129,21 +156,6 @@ def codebook_sums(weight: _native.Weight) -> Tensor:
 def as_codebook_gradient(weight: _native.Weight, sums: Tensor | None) -> Tensor:
     """The sums in the codebook's dtype; an empty tensor when there are none."""
     return weight.codebook.new_empty(0) if sums is None else sums.to(weight.codebook.dtype)
-
-
-def gradients(
-    wanted: list[bool],
-    grad_x: Tensor | None,
-    grad_codebook: Tensor | None,
-    grad_bias: Tensor | None,
-    inputs: int,
-) -> tuple[Tensor | None, ...]:
-    """One entry per input of the forward op: x is input 0, the codebook 4, the bias 8."""
-    gradients: list[Tensor | None] = [None] * inputs
-    gradients[0] = grad_x if wanted[0] else None
-    gradients[4] = grad_codebook if wanted[1] else None
-    gradients[8] = grad_bias
-    return tuple(gradients)
 
 
 def arrays(weight: QuantSparseWeight) -> tuple[Any, ...]:

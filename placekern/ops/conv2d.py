@@ -174,27 +174,6 @@ def _conv2d_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Ten
     )
 
 
-def _setup_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, row_ptr, positions, codes, codebook, K, bits, layout, bias, *sizes, relu = inputs
-    ctx.save_for_backward(x, row_ptr, positions, codes, codebook, bias, output if relu else None)
-    ctx.sizes = (K, bits, layout, *sizes)
-
-
-def _conv2d_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, row_ptr, positions, codes, codebook, bias, output = ctx.saved_tensors
-    if output is not None:
-        grad_y = torch.ops.aten.threshold_backward(grad_y, output, 0)
-    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[4]]
-    grad_x = grad_codebook = grad_bias = None
-    if any(wanted):
-        grad_x, grad_codebook = torch.ops.placekern.conv2d_backward(
-            grad_y, x, row_ptr, positions, codes, codebook, *ctx.sizes, wanted
-        )
-    if ctx.needs_input_grad[8]:
-        grad_bias = grad_y.sum((0, 2, 3)).to(bias.dtype)
-    return common.gradients(wanted, grad_x, grad_codebook, grad_bias, 15)
-
-
 common.register(
     f"conv2d(Tensor x, {common.WEIGHT}, Tensor? bias, {_SIZES}, bool relu) -> Tensor",
     _conv2d,
@@ -208,4 +187,4 @@ common.register(
     _conv2d_backward_fake,
     ("CPU", "CUDA"),
 )
-common.register_gradients("conv2d", _conv2d_autograd, _setup_conv2d)
+common.register_gradients("conv2d", channels=1)

@@ -89,27 +89,6 @@ def _linear_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Ten
     )
 
 
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, row_ptr, positions, codes, codebook, K, bits, layout, bias, relu = inputs
-    ctx.save_for_backward(x, row_ptr, positions, codes, codebook, bias, output if relu else None)
-    ctx.sizes = (K, bits, layout)
-
-
-def _linear_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, row_ptr, positions, codes, codebook, bias, output = ctx.saved_tensors
-    if output is not None:
-        grad_y = torch.ops.aten.threshold_backward(grad_y, output, 0)
-    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[4]]
-    grad_x = grad_codebook = grad_bias = None
-    if any(wanted):
-        grad_x, grad_codebook = torch.ops.placekern.linear_backward(
-            grad_y, x, row_ptr, positions, codes, codebook, *ctx.sizes, wanted
-        )
-    if ctx.needs_input_grad[8]:
-        grad_bias = grad_y.sum_to_size(bias.shape).to(bias.dtype)
-    return common.gradients(wanted, grad_x, grad_codebook, grad_bias, 10)
-
-
 common.register(
     f"linear(Tensor x, {common.WEIGHT}, Tensor? bias, bool relu) -> Tensor",
     _linear,
@@ -123,4 +102,4 @@ common.register(
     _linear_backward_fake,
     ("CPU", "CUDA"),
 )
-common.register_gradients("linear", _linear_autograd, _setup_linear)
+common.register_gradients("linear", channels=-1)
