@@ -5,6 +5,7 @@ is found), PLACEKERN_CUDA_ARCHS which GPUs it serves, as CMake writes them ("75;
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,12 +26,25 @@ def find_nvcc() -> str | None:
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
+def cuda_version(nvcc: str) -> tuple[int, int]:
+    """(major, minor) of the toolkit, (0, 0) when nvcc does not run."""
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return (0, 0)
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def cuda_wanted() -> str | None:
     """Path of nvcc when `_cuda` is to be built, None when not."""
     choice = os.environ.get("PLACEKERN_CUDA", "auto").lower()
     if choice not in ("auto", "on", "off"):
         sys.exit(f"placekern: PLACEKERN_CUDA={choice} is not one of auto, on, off.")
     nvcc = None if choice == "off" else find_nvcc()
+    if choice == "auto" and nvcc is not None and cuda_version(nvcc) < (12, 0):
+        print(f"placekern: {nvcc} is older than CUDA 12.0 or does not run: building for the CPU.")
+        return None
     if choice == "on" and nvcc is None:
         sys.exit(
             "placekern: PLACEKERN_CUDA=on, but nvcc was not found: install the CUDA toolkit (12.0 "

@@ -84,7 +84,7 @@ class QuantSparseModule(nn.Module):
         codebook = torch.linspace(-bound, bound, 1 << self.bits, device="cpu")
         keep = torch.ones_like(dense, dtype=torch.bool)
         self.weight = QuantSparseWeight.from_dense(dense, codebook, keep)
-        self.to(device=device, dtype=dtype)
+        self.to(device=device or torch.get_default_device(), dtype=dtype)
 
     def _make_bias(self, size: int, bound: float, device: Any, dtype: torch.dtype | None) -> None:
         bias = torch.empty(size, device=device, dtype=dtype)
@@ -124,7 +124,14 @@ class QuantSparseModule(nn.Module):
             self._layout = proven.layout
             self._nnz = proven.nnz
             for name, tensor in zip(_BUFFERS, incoming, strict=False):
-                setattr(self, name, torch.empty_like(tensor, device=self.codebook.device))
+                own = getattr(self, name)
+                # Kept where it fits: layers that share a weight go on sharing it.
+                if (own.shape, own.dtype, own.device) != (
+                    tensor.shape,
+                    tensor.dtype,
+                    self.codebook.device,
+                ):
+                    setattr(self, name, torch.empty_like(tensor, device=self.codebook.device))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

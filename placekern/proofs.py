@@ -57,6 +57,14 @@ def prove_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected {wanted}")
 
 
+def prove_contiguous(name: str, tensor: Tensor) -> None:
+    """Proves that the elements lie side by side: the kernels get an address, no strides."""
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}, expected contiguous memory; call .contiguous()"
+        )
+
+
 def prove_size(name: str, tensor: Tensor, expected: int, why: str) -> None:
     """Proves a flat tensor of `expected` elements; `why` says what they are for."""
     if tensor.shape != (expected,):
@@ -81,7 +89,7 @@ def prove_row_ptr(row_ptr: NDArray[np.int64], M: int) -> None:
         raise ValueError(f"row_ptr has shape {row_ptr.shape}, expected ({M + 1},) for {M} rows")
     if row_ptr[0] != 0:
         raise ValueError(f"row_ptr[0] is {row_ptr[0]}, expected 0")
-    falls = np.flatnonzero(np.diff(row_ptr) < 0)
+    falls = np.flatnonzero(row_ptr[1:] < row_ptr[:-1])  # a difference could overflow
     if len(falls):
         at = int(falls[0]) + 1
         raise ValueError(

@@ -64,6 +64,8 @@ class QuantSparseWeight:
                 f"({', '.join(sorted(devices))}); move them to one first"
             )
         proofs.prove_codebook(codebook, bits)
+        for name, tensor in (("row_ptr", row_ptr), ("positions", positions), ("codes", codes)):
+            proofs.prove_contiguous(name, tensor)
         rows = row_ptr.detach().cpu().numpy().astype(np.int64)
         proofs.prove_row_ptr(rows, M)
         nnz = int(rows[-1])
@@ -412,7 +414,9 @@ def midpoints(codebook: Tensor) -> Tensor:
     """
     exact = (codebook[1:].double() + codebook[:-1].double()) / 2
     rounded = exact.float()
-    return torch.where(rounded > exact, torch.nextafter(rounded, torch.tensor(-torch.inf)), rounded)
+    return torch.where(
+        rounded > exact, torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)), rounded
+    )
 
 
 def _nearest(values: Tensor, codebook: Tensor) -> Tensor:

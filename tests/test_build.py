@@ -124,7 +124,9 @@ def build(checkout: Path, tools: list[str], **settings: str) -> subprocess.Compl
     programs = checkout / "programs"
     tool(programs, "cmake", f'echo "$@" >> {checkout}/cmake-was-called')
     for name in tools:
-        tool(programs, name)
+        program, _, release = name.partition(" ")
+        version = f"echo Cuda compilation tools, release {release or '13.0'}, V1"
+        tool(programs, program, version if program == "nvcc" else "exit 0")
     drop = ("CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "PLACEKERN_CUDA", "PLACEKERN_CUDA_ARCHS")
     environment = {k: v for k, v in os.environ.items() if k not in drop}
     return subprocess.run(
@@ -179,6 +181,7 @@ def test_setup_refuses_to_start_without_a_compiler(
         (["g++", "nvcc"], {"PLACEKERN_CUDA": "OFF"}, "OFF"),
         (["clang++", "nvcc"], {}, "ON"),
         (["c++", "nvcc"], {"PLACEKERN_CUDA": "on", "PLACEKERN_CUDA_ARCHS": "90"}, "ON"),
+        (["c++", "nvcc 11.5"], {}, "OFF"),  # too old for the GPUs we build for: left alone
         (["my-compiler"], {"CXX": "my-compiler -O2", "PLACEKERN_CUDA": "off"}, "OFF"),
     ],
 )

@@ -204,3 +204,43 @@ def test_threads_of_python_may_call_at_once() -> None:
 def test_unknown_isa_is_refused() -> None:
     with pytest.raises(ValueError, match="PLACEKERN_ISA=mmx is not a level; this processor has"):
         pk.set_isa("mmx")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout": 7}, r"layout is 7, expected \[0, 1\]"),
+        ({"codes": torch.zeros(1, dtype=torch.uint8)}, "codes has 1 bytes"),
+        ({"positions": torch.zeros(99, dtype=torch.uint8)}, "positions has 99 bytes"),
+        ({"codes": torch.zeros(999, dtype=torch.uint8)[::2]}, r"codes has strides \(2,\)"),
+    ],
+)
+def test_bare_arrays_that_cannot_be_a_weight_are_refused(
+    changes: dict[str, object], message: str
+) -> None:
+    weight = random_weight(8, 80, 0.5, 5)
+    names = ("row_ptr", "positions", "codes", "codebook")
+    arrays = {name: getattr(weight, name) for name in names} | {"K": 80, "bits": 5, "layout": 0}
+    with pytest.raises(ValueError, match=message):
+        torch.ops.placekern.linear(torch.zeros(1, 80), **(arrays | changes), bias=None, relu=False)
+
+
+def test_a_gradient_of_a_gradient_is_refused_rather_than_wrong() -> None:
+    weight = random_weight(7, 20, 0.5, 5)
+    x = torch.randn(3, 20, requires_grad=True)
+    (grad,) = torch.autograd.grad(ops.linear(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        grad.square().sum().backward()
+
+
+def test_another_default_device_does_not_matter() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(200, 70))
+    torch.set_default_device("meta")
+    try:
+        pk.compress_(layer, {"bits": 4})
+        y = layer(torch.zeros(1, 200, device="cpu"))
+        own = pk.QuantSparseLinear(20, 7, device="cpu")
+    finally:
+        torch.set_default_device(None)
+    assert y.shape == (1, 70)
+    assert own(torch.zeros(1, 20)).shape == (1, 7)

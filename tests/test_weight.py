@@ -229,3 +229,18 @@ def test_past_65536_columns_the_index_is_wider() -> None:
         row_ptr.long(), col_ind, codes, weight.codebook, weight.shape, 8
     )
     assert torch.equal(again.to_dense(), weight.to_dense())
+
+
+@pytest.mark.parametrize("name", ["row_ptr", "positions", "codes"])
+def test_strided_arrays_are_refused(name: str) -> None:
+    arrays = packed(Layout.MASK)
+    array = arrays[name]
+    arrays[name] = torch.stack([array, array], 1)[:, 0]
+    with pytest.raises(ValueError, match=rf"{name} has strides \(2,\), expected contiguous"):
+        QuantSparseWeight(**arrays)
+
+
+def test_a_row_ptr_whose_differences_overflow_is_refused() -> None:
+    row_ptr = np.array([0, 2**63 - 1, -2, 5], np.int64)
+    with pytest.raises(ValueError, match=r"row_ptr\[2\] is -2, below"):
+        QuantSparseWeight.from_csr(**csr(row_ptr=row_ptr))

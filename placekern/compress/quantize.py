@@ -28,7 +28,7 @@ def fit_kmeans(values: Tensor, clusters: int, iterations: int = 1000) -> Tensor:
     """
     points = np.sort(values.detach().cpu().numpy().reshape(-1))
     if len(points) == 0:
-        return torch.zeros(clusters)
+        return torch.zeros(clusters, device="cpu")
     sample = points if len(points) <= 1 << 16 else points[:: len(points) >> 16]
     if len(np.unique(sample)) <= clusters and len(distinct := np.unique(points)) <= clusters:
         return torch.from_numpy(np.pad(distinct, (0, clusters - len(distinct)), mode="edge"))
@@ -60,9 +60,10 @@ def fit_kmeans(values: Tensor, clusters: int, iterations: int = 1000) -> Tensor:
 def fit_uniform(values: Tensor, clusters: int) -> Tensor:
     """`clusters` equally spaced levels from the smallest to the largest value, float32."""
     if values.numel() == 0:
-        return torch.zeros(clusters)
+        return torch.zeros(clusters, device="cpu")
     low, high = values.detach().float().aminmax()
-    return torch.linspace(float(low), float(high), clusters, dtype=torch.float64).float()
+    levels = np.linspace(float(low), float(high), clusters)  # float32 steps could overflow
+    return torch.from_numpy(levels.astype(np.float32))
 
 
 def _optimal_edges(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..packing import READ_PADDING, Layout, mask_bytes
+from ..packing import READ_PADDING, Layout, mask_bytes, window_bytes
 from ..weight import QuantSparseWeight
 
 library = torch.library.Library("placekern", "DEF")
@@ -65,6 +65,13 @@ def register_gradients(name: str, channels: int) -> None:
             gradients[8] = by_channel.sum_to_size(bias.shape).to(bias.dtype)
         return tuple(gradients)
 
+    def twice(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"the gradient of placekern::{name} cannot be differentiated again; for a gradient "
+            "penalty use the layer's to_dense()"
+        )
+
+    torch.library.register_autograd(f"placekern::{name}_backward", twice, lib=library)
     torch.library.register_autograd(
         f"placekern::{name}", backward, setup_context=setup_context, lib=library
     )
@@ -79,6 +86,11 @@ def check_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None
     Runs on every call: comparisons first, words only when one fails.
     """
     w = weight
+    if w.layout not in (Layout.MASK, Layout.WINDOW):
+        raise ValueError(f"{op}: layout is {w.layout}, expected {list(map(int, Layout))}")
+    for name, tensor in (("row_ptr", w.row_ptr), ("positions", w.positions), ("codes", w.codes)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} has strides {tensor.stride()}, expected contiguous")
     if w.row_ptr.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: row_ptr has dtype {w.row_ptr.dtype}, expected torch.int32")
     if w.positions.dtype != torch.uint8:
@@ -106,7 +118,12 @@ def check_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None
             f"{op}: codebook has shape {tuple(w.codebook.shape)}, expected ({1 << w.bits},) "
             f"for {w.bits} bits"
         )
-    smallest = READ_PADDING + (mask_bytes(w.M, w.K) if w.layout == Layout.MASK else 0)
+    mask = w.layout == Layout.MASK
+    smallest = READ_PADDING + (mask_bytes(w.M, w.K) if mask else window_bytes(w.M, w.K, 0))
+    if w.codes.shape[0] < READ_PADDING:
+        raise ValueError(
+            f"{op}: codes has {w.codes.shape[0]} bytes, expected {READ_PADDING} bytes of padding"
+        )
     if w.positions.shape[0] < smallest:
         raise ValueError(
             f"{op}: positions has {w.positions.shape[0]} bytes, expected at least {smallest} "
@@ -150,7 +167,7 @@ def no_cuda(op: str, x: Tensor) -> None:
 
 def codebook_sums(weight: _native.Weight) -> Tensor:
     """Where a backward kernel writes the gradient of the codebook: float64 [2^bits]."""
-    return torch.empty(1 << weight.bits, dtype=torch.float64)
+    return torch.empty(1 << weight.bits, dtype=torch.float64, device="cpu")
 
 
 def as_codebook_gradient(weight: _native.Weight, sums: Tensor | None) -> Tensor:

@@ -27,18 +27,22 @@ def kmeans_optimal(points: Tensor, weights: Tensor, clusters: int) -> Tensor:
         int64 [clusters], the first point of each run; a run may be empty.
 
     Raises:
-        ValueError: a dtype, a size or the number of clusters does not fit.
+        ValueError: a dtype, a device, a size or the number of clusters does not fit.
     """
     if points.dtype != torch.float64 or weights.dtype != torch.float64:
         raise ValueError(
             f"kmeans_optimal: points are {points.dtype} and weights {weights.dtype}, expected "
             "torch.float64"
         )
+    if points.device.type != "cpu" or weights.device.type != "cpu":
+        raise ValueError(
+            f"kmeans_optimal: points on {points.device}, weights on {weights.device}, expected cpu"
+        )
     if points.dim() != 1 or points.shape != weights.shape or not 1 <= clusters <= 256:
         raise ValueError(
             f"kmeans_optimal: points {tuple(points.shape)}, weights {tuple(weights.shape)} and "
             f"{clusters} clusters given, expected [n], [n] and 1 to 256"
         )
-    starts = torch.empty(clusters, dtype=torch.int64)
+    starts = torch.empty(clusters, dtype=torch.int64, device="cpu")
     _native.kmeans_optimal(points.contiguous(), weights.contiguous(), starts)
     return starts
