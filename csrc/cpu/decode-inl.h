@@ -31,6 +31,21 @@ class Decoder {
         return __builtin_popcountll(mask(m, k)) + __builtin_popcountll(mask(m, k + 64));
     }
 
+    // Entries in columns k0 .. k1 of row m; k0 starts a window.
+    int count_columns(int64_t m, int64_t k0, int64_t k1) const {
+        int total = 0;
+        int64_t k = k0;
+        if (w_.layout == Layout::kMask) {
+            for (const uint8_t* row = mask_row(m); k + kWindow <= k1; k += kWindow) {
+                uint64_t words[2];
+                std::memcpy(words, row + k / 8, sizeof(words));
+                total += __builtin_popcountll(words[0]) + __builtin_popcountll(words[1]);
+            }
+        }
+        for (; k < k1; k += kWindow) total += count(m, k / kWindow);
+        return total;
+    }
+
     // Fills columns, codes and values; `entry` is the window's cursor.
     void entries(int64_t m, int64_t window, int64_t entry, Entries<T>& out) const {
         if (w_.layout == Layout::kWindow) {

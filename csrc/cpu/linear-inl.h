@@ -107,8 +107,7 @@ void linear_row(const Decoder<T>& decoder, const LinearArgs<T>& args, int64_t m,
     int64_t entry = w.row_start(m);
     for (int64_t k = 0; k < w.K; k += kChunk) {
         const int64_t end = smaller(w.K, k + kChunk);
-        int count = 0;
-        for (int64_t i = k; i < end; i += kWindow) count += decoder.count(m, i / kWindow);
+        const int count = decoder.count_columns(m, k, end);
         decoder.values(entry, count, buffers.codes, buffers.values);
         if (w.layout == Layout::kMask) {
             add_masked(decoder, args, m, k, end, buffers.values, sums);

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -106,16 +108,15 @@ def inspect_file(
         console.print_json({"architecture": architecture, "file_bytes": total, "layers": rows})
         return
     name = (header["architecture"] or {}).get("name", "unnamed architecture")
-    table = Table(title=f"{file.name}: {name}, {console.size(total)}", title_justify="left")
-    for heading in ("layer", "kind", "weight [M, K]"):
-        table.add_column(heading)
-    for heading in ("bits", "density", "float32", "positions", "codes"):
-        table.add_column(heading, justify="right")
+    title = f"{file.name}: {name}, {console.size(total)}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    for heading in ("M x K", "bits", "density", "float32", "positions", "codes"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["name"],
-            row["kind"],
-            f"[{row['shape'][0]}, {row['shape'][1]}]".replace("[", r"\["),
+            escape(row["name"]),
+            f"{row['shape'][0]} x {row['shape'][1]}",
             str(row["bits"]),
             f"{row['density']:.3f}",
             console.size(row["dense_bytes"]),

@@ -6,6 +6,7 @@ import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -86,11 +87,16 @@ class CompressReport:
         }
 
     def table(self) -> Table:
-        """The report as a rich table; kB are 1,000 bytes."""
-        table = Table(title=f"{len(self.layers)} layers compressed, {self.pruned:.1%} pruned")
+        """The report as a rich table; kB are 1,000 bytes, error is relative_error."""
+        table = Table(
+            title=f"{len(self.layers)} layers compressed, {self.pruned:.1%} pruned",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
         table.add_column("layer", overflow="fold")
         table.add_column("weight", no_wrap=True)
-        for heading in ("bits", "density", "rel. error", "dense kB", "resident kB", "disk kB"):
+        for heading in ("bits", "density", "error", "dense kB", "RAM kB", "disk kB"):
             table.add_column(heading, justify="right")
         for layer in self.layers:
             table.add_row(
