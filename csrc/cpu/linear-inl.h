@@ -108,6 +108,7 @@ void linear_row(const Decoder<T>& decoder, const LinearArgs<T>& args, int64_t m,
     for (int64_t k = 0; k < w.K; k += kChunk) {
         const int64_t end = smaller(w.K, k + kChunk);
         const int count = decoder.count_columns(m, k, end);
+        decoder.prefetch(entry, count);
         decoder.values(entry, count, buffers.codes, buffers.values);
         if (w.layout == Layout::kMask) {
             add_masked(decoder, args, m, k, end, buffers.values, sums);
