@@ -353,6 +353,13 @@ class QuantSparseConv2d(QuantSparseModule):
         return f"{text}, bias={self.bias is not None}, {_describe(self)}"
 
 
+COMPRESSED_KINDS: dict[type[nn.Module], Any] = {
+    nn.Conv2d: QuantSparseConv2d,
+    nn.Linear: QuantSparseLinear,
+}
+"""Which module takes the place of which dense one."""
+
+
 def quant_sparse_layers(model: nn.Module) -> Iterator[tuple[str, QuantSparseModule]]:
     """Name and module of each compressed layer, in the model's order, shared ones once."""
     for name, module in model.named_modules():

@@ -10,8 +10,8 @@ from helpers import random_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placekern import QuantSparseWeight
-from placekern.packing import READ_PADDING, Layout
+from placekern import QuantSparseWeight, _cpu
+from placekern.packing import READ_PADDING, WINDOW, Layout
 
 CODEBOOK = torch.tensor([-2.0, -1.0, 1.0, 2.0])
 
@@ -244,3 +244,7 @@ def test_a_row_ptr_whose_differences_overflow_is_refused() -> None:
     row_ptr = np.array([0, 2**63 - 1, -2, 5], np.int64)
     with pytest.raises(ValueError, match=r"row_ptr\[2\] is -2, below"):
         QuantSparseWeight.from_csr(**csr(row_ptr=row_ptr))
+
+
+def test_the_kernels_and_the_packing_agree_on_their_constants() -> None:
+    assert (_cpu.WINDOW, _cpu.READ_PADDING) == (WINDOW, READ_PADDING)

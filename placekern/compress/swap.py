@@ -12,16 +12,13 @@ from torch.nn.parameter import is_lazy
 
 from ..io.streams import encoded_bytes
 from ..nn import (
-    QuantSparseConv2d,
-    QuantSparseLinear,
+    COMPRESSED_KINDS,
     QuantSparseModule,
     replace_module,
 )
 from ..weight import QuantSparseWeight, as_matrix
 from .config import CompressConfig
 from .report import CompressReport, LayerReport
-
-_KINDS: dict[type[nn.Module], Any] = {nn.Conv2d: QuantSparseConv2d, nn.Linear: QuantSparseLinear}
 
 
 def compress_(
@@ -56,15 +53,15 @@ def compress_(
         config = CompressConfig()
     elif not isinstance(config, CompressConfig):
         config = CompressConfig.from_dict(config)
-    if type(model) in _KINDS:
-        kind = _KINDS[type(model)].__name__
+    if type(model) in COMPRESSED_KINDS:
+        kind = COMPRESSED_KINDS[type(model)].__name__
         raise TypeError(
             f"compress_ cannot swap the model itself in place: it is a {type(model).__name__}; "
             f"use {kind}.from_float(model, config)"
         )
     work = []
     for name, module in model.named_modules():
-        if type(module) not in _KINDS or (filter_fn and not filter_fn(module, name)):
+        if type(module) not in COMPRESSED_KINDS or (filter_fn and not filter_fn(module, name)):
             continue
         if module.weight.is_meta:
             raise ValueError(f"{name} is on the meta device and has no weights; load them first")
@@ -93,7 +90,7 @@ def compress_(
             weights[key].codebook = nn.Parameter(
                 weights[key].codebook, requires_grad=module.weight.requires_grad
             )
-        layer = _KINDS[type(module)].from_weight(weights[key], module)
+        layer = COMPRESSED_KINDS[type(module)].from_weight(weights[key], module)
         first = all(layer.codes is not other.codes for _, other in swaps)
         swaps.append((module, layer))
         rows.append(_row(name, module, layer, first))
@@ -151,8 +148,8 @@ def _tensors(model: nn.Module) -> dict[int, Tensor]:
 
 def _matches(model: nn.Module, key: str) -> bool:
     # A type may be absent, so that one config serves many models; a name that is, is misspelt.
-    return key in [kind.__name__ for kind in _KINDS] or any(
+    return key in [kind.__name__ for kind in COMPRESSED_KINDS] or any(
         fnmatch.fnmatchcase(name, key)
         for name, module in model.named_modules()
-        if type(module) in _KINDS
+        if type(module) in COMPRESSED_KINDS
     )

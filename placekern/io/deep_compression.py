@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..nn import QuantSparseConv2d, QuantSparseLinear, replace_module
+from ..nn import COMPRESSED_KINDS, replace_module
 from ..weight import QuantSparseWeight
-
-_KINDS: dict[type[nn.Module], Any] = {nn.Conv2d: QuantSparseConv2d, nn.Linear: QuantSparseLinear}
 
 
 def load_deep_compression(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -43,7 +40,7 @@ def load_deep_compression(path: str | os.PathLike[str], model: nn.Module) -> nn.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    layers = [(n, m) for n, m in model.named_modules() if type(m) in _KINDS]
+    layers = [(n, m) for n, m in model.named_modules() if type(m) in COMPRESSED_KINDS]
     reader = _Reader(path)
     stored = reader.take("entry counts", "<u4", len(layers))
     swaps = []
@@ -55,7 +52,7 @@ def load_deep_compression(path: str | os.PathLike[str], model: nn.Module) -> nn.
         codes = reader.take(f"{name} codes", "u1", entries)
         nibbles = reader.take(f"{name} positions", "u1", (entries + 1) // 2)
         weight = _weight(name, tuple(module.weight.shape), codebook, codes, nibbles)
-        layer = _KINDS[type(module)].from_weight(weight, module)
+        layer = COMPRESSED_KINDS[type(module)].from_weight(weight, module)
         layer.bias = nn.Parameter(torch.from_numpy(bias.copy()))
         swaps.append((module, layer))
     reader.finish()

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..nn import QuantSparseConv2d, QuantSparseLinear, QuantSparseModule, replace_module
+from ..nn import COMPRESSED_KINDS, QuantSparseModule, replace_module
 from ..nn import quant_sparse_layers as _layers
 from . import streams
 from .architectures import build_architecture
@@ -25,7 +25,7 @@ from .atomic import written_beside
 
 FORMAT_VERSION = 1
 
-_KINDS: dict[str, Any] = {"Conv2d": QuantSparseConv2d, "Linear": QuantSparseLinear}
+_KINDS = {dense.__name__: (dense, compressed) for dense, compressed in COMPRESSED_KINDS.items()}
 _ARRAYS = ("row_ptr", "positions", "codes", "codebook")
 
 
@@ -50,7 +50,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
     skip = set()
     for name, layer in _layers(model):
         weight = layer.weight
-        kind = "Conv2d" if isinstance(layer, QuantSparseConv2d) else "Linear"
+        kind = next(name for name, (_, kind) in _KINDS.items() if isinstance(layer, kind))
         entry: dict[str, Any] = {
             "name": name,
             "kind": kind,
@@ -235,7 +235,7 @@ def _fill(
             like = module.codebook if isinstance(module, QuantSparseModule) else module.weight
             book = weight.codebook if like.is_meta else weight.codebook.to(like.dtype)
             weight.codebook = nn.Parameter(book, requires_grad=like.requires_grad)
-        layer = _KINDS[entry["kind"]].from_weight(weight, module)
+        layer = _KINDS[entry["kind"]][1].from_weight(weight, module)
         layer.relu = bool(entry.get("relu", False))
         device = next(module.parameters()).device
         if device.type != "meta":
@@ -294,11 +294,7 @@ def _check_fits(
     entry: dict[str, Any], module: nn.Module | None, path: str | os.PathLike[str]
 ) -> None:
     name = entry["name"]
-    dense, compressed = (
-        (nn.Conv2d, QuantSparseConv2d)
-        if entry["kind"] == "Conv2d"
-        else (nn.Linear, QuantSparseLinear)
-    )
+    dense, compressed = _KINDS[entry["kind"]]
     if not isinstance(module, (dense, compressed)):
         found = "no module" if module is None else f"a {type(module).__name__}"
         raise ValueError(
