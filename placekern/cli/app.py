@@ -34,6 +34,7 @@ from ..vpr import (
     retrieval_sheet,
     save_sheet,
 )
+from ..vpr.index import faiss_status, search_backend
 from . import console
 from .demo import demo
 from .settings import Bits, Json, Method, Size, Sparsity, Threshold, image_size
@@ -49,7 +50,8 @@ app.command()(demo)
 
 @app.command()
 def info(as_json: Json = False) -> None:
-    """Versions, the processor's levels, threads and GPUs."""
+    """Versions, the processor's levels, threads, GPUs, and what searches on them."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     facts: dict[str, Any] = {
         "placekern": pk.__version__,
         "python": platform.python_version(),
@@ -60,6 +62,8 @@ def info(as_json: Json = False) -> None:
         "threads": torch.get_num_threads(),
         "cuda built for": _native.cuda_architectures(),
         "cuda devices": _native.cuda_devices(),
+        "faiss": faiss_status(),
+        "search": [f"{search_backend(device)} on {device}" for device in devices],
     }
     if as_json:
         console.print_json(facts)

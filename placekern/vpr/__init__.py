@@ -30,6 +30,7 @@ from placekern.vpr.evaluate import (
 )
 from placekern.vpr.figure import Retrieval, retrieval_sheet, save_sheet
 from placekern.vpr.fit import fit_, init_netvlad_, whiten_
+from placekern.vpr.index import Index
 from placekern.vpr.models import ARCHITECTURES, PlaceNet, build
 from placekern.vpr.netvlad import NetVLAD
 from placekern.vpr.preprocess import Preprocess
@@ -45,6 +46,7 @@ __all__ = [
     "City",
     "Evaluation",
     "ImageList",
+    "Index",
     "NetVLAD",
     "PlaceDataset",
     "PlaceNet",

@@ -177,7 +177,8 @@ def evaluate(
     references = describe(model, dataset.references, batch_size, progress)
     queries = describe(model, dataset.queries, batch_size, progress)
     k = min(max(ns), len(references))
-    indices = search(references, queries, k)
+    device = device_of(model)  # where faiss may have a GPU to search on
+    indices = search(references.to(device), queries.to(device), k).cpu()
     recalls = recall_at(indices, dataset.positives, sorted({min(n, k) for n in ns}))
     return Evaluation(
         recalls={n: recalls[min(n, k)] for n in ns},

@@ -1,4 +1,4 @@
-"""Describing images and finding the nearest references, exactly.
+"""Describing images and finding the references nearest to them.
 
 The surprise: `describe` batches only neighbours of the same size, since padding would change a
 NetVLAD descriptor; a folder of photographs of mixed sizes runs one by one.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from placekern.vpr.datasets import ImageList
+from placekern.vpr.index import Backend, Index
 
 Progress = Callable[[str, int, int], None]
 
@@ -65,38 +66,34 @@ def describe(
     return descriptors
 
 
-def search(references: Tensor, queries: Tensor, k: int = 10, chunk: int = 65_536) -> Tensor:
+def search(
+    references: Tensor,
+    queries: Tensor,
+    k: int = 10,
+    chunk: int = 65_536,
+    backend: Backend = "auto",
+) -> Tensor:
     """Indices of the k references nearest to each query by Euclidean distance, nearest first.
 
-    For unit-length descriptors this is also the order of the inner product. The search is exact;
-    memory is bounded by `chunk` references times 256 queries.
+    The search is exact; `Index` says how equal and non-finite distances are ordered, and is what
+    to use for references that are searched more than once.
 
     Args:
         references: [n, D] floating point.
-        queries: [q, D], of the same type and device.
+        queries: [q, D], of the same dtype and device.
         k: at most n.
-        chunk: references compared at once.
+        chunk: references compared at once, with 256 queries: the bound of memory.
+        backend: "auto", "torch" or "faiss", as in `Index`.
 
     Returns:
         int64 [q, k]; equal distances in order of index, as far as the arithmetic finds them equal.
 
     Raises:
-        ValueError: shapes that do not fit, or k out of range.
+        ValueError: shapes, dtypes or devices that do not fit, or k out of range.
+        TypeError: references that are not floating point.
+        RuntimeError: faiss was asked for, and cannot be used.
     """
-    if references.ndim != 2 or queries.ndim != 2 or references.shape[1] != queries.shape[1]:
-        raise ValueError(
-            "references and queries must be [n, D] and [q, D], "
-            f"got {list(references.shape)} and {list(queries.shape)}"
-        )
-    if not 1 <= k <= len(references):
-        raise ValueError(f"k must be between 1 and the {len(references)} references, got {k}")
-    if chunk < 1:
-        raise ValueError(f"chunk must be positive, got {chunk}")
-    half_squares = 0.5 * references.square().sum(1)
-    found = [
-        _search_block(references, half_squares, block, k, chunk) for block in queries.split(256)
-    ]
-    return torch.cat(found) if found else torch.empty(0, k, dtype=torch.int64)
+    return Index(references, backend, chunk).search(queries, k)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -104,24 +101,6 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def _search_block(
-    references: Tensor, half_squares: Tensor, queries: Tensor, k: int, chunk: int
-) -> Tensor:
-    # |r - q|^2 = |q|^2 - 2 (q.r - |r|^2 / 2): the largest bracket is the nearest reference.
-    scores = queries.new_empty(len(queries), 0)
-    indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for start in range(0, len(references), chunk):
-        block = queries @ references[start : start + chunk].T - half_squares[start : start + chunk]
-        best = block.topk(min(k, block.shape[1]), dim=1, sorted=False)
-        # Sorted by index, then stably by score: equal scores keep the order of their indices.
-        positions, order = best.indices.sort(dim=1)
-        scores = torch.cat([scores, best.values.gather(1, order)], dim=1)
-        indices = torch.cat([indices, positions + start], dim=1)
-        order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-        scores, indices = scores.gather(1, order), indices.gather(1, order)
-    return indices
 
 
 def _batches(images: Sequence[Tensor], batch_size: int) -> Iterator[Tensor]:
