@@ -11,6 +11,8 @@ enum class Layout : int {
     kMask = 0,    // one bit a position, rows padded to whole bytes
     kWindow = 1,  // per row and window of 128 columns a count, then one byte an entry: its place in
                   // the window
+    kDense = 2,   // on a GPU: a code for every position; csrc/cuda/layout.cuh
+    kPairs = 3,   // on a GPU: (place, code) pairs in windows of 248 columns
 };
 
 constexpr int kWindow = 128;    // columns decoded at a time; a place in a window fits a byte

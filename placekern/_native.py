@@ -6,6 +6,7 @@ both share one pool of threads. Sizes and dtypes are checked by the caller; see 
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -64,8 +65,17 @@ _WAYS = ("auto", "direct", "decode")
 _way = "auto"
 
 
+def way() -> str:
+    """What `force_way` asked for last."""
+    return _way
+
+
 def force_way(way: str) -> None:
-    """Computes every convolution "direct" or by "decode" from now on; "auto" goes by density.
+    """How to compute from now on: "direct", by "decode", or "auto", by the sizes.
+
+    On the CPU this is about convolutions and their density (csrc/cpu/conv2d-inl.h). On a GPU,
+    "direct" decodes inside the kernel that multiplies, and "decode" writes slices of the dense
+    weight for the dense library.
 
     Raises:
         ValueError: another word.
@@ -74,6 +84,11 @@ def force_way(way: str) -> None:
     if way not in _WAYS:
         raise ValueError(f"way is {way!r}, expected one of {', '.join(_WAYS)}")
     _way = way
+
+
+def has_cuda() -> bool:
+    """Whether `_cuda` was built."""
+    return _cuda is not None
 
 
 def cuda_devices() -> int:
@@ -86,12 +101,17 @@ def cuda_architectures() -> str | None:
     return _cuda.architectures if _cuda is not None else None
 
 
+def on_16_bytes(tensor: Tensor) -> bool:
+    """Whether a tensor starts on a multiple of 16 bytes, as vector loads want it."""
+    return tensor.data_ptr() % 16 == 0
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _weight(module: Any, weight: Weight) -> Any:
-    kind = module.WeightDouble if weight.codebook.dtype == torch.float64 else module.WeightFloat
+def _weight(weight: Weight) -> Any:
+    kind = _cpu.WeightDouble if weight.codebook.dtype == torch.float64 else _cpu.WeightFloat
     return kind(
         M=weight.M,
         K=weight.K,
@@ -108,12 +128,7 @@ def _weight(module: Any, weight: Weight) -> Any:
 def linear(weight: Weight, x: Tensor, bias: Tensor | None, y: Tensor, relu: bool) -> None:
     """Fills y, N * M elements, from x [N, K]; all contiguous and of the codebook's dtype."""
     sizes = {"N": x.shape[0], "x": x.data_ptr(), "bias": _pointer(bias), "y": y.data_ptr()}
-    if x.is_cuda:
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        native = _weight(_cuda, weight)
-        _cuda.linear(native, **sizes, relu=relu, device=x.device.index, stream=stream)
-    else:
-        _cpu.linear(_weight(_cpu, weight), **sizes, relu=relu, threads=torch.get_num_threads())
+    _cpu.linear(_weight(weight), **sizes, relu=relu, threads=torch.get_num_threads())
 
 
 def linear_backward(
@@ -121,7 +136,7 @@ def linear_backward(
 ) -> None:
     """Fills grad_x [N, K] and grad_codebook, float64 [2^bits], where they are given."""
     _cpu.linear_backward(
-        _weight(_cpu, weight),
+        _weight(weight),
         N=x.shape[0],
         x=x.data_ptr(),
         grad_y=grad_y.data_ptr(),
@@ -136,7 +151,7 @@ def conv2d(
 ) -> None:
     """Fills y [batch, M, out_h, out_w] from x; any strides. `shape`: the fields of ConvShape."""
     _cpu.conv2d(
-        _weight(_cpu, weight),
+        _weight(weight),
         _cpu.ConvShape(**shape),
         x=x.data_ptr(),
         x_strides=x.stride(),
@@ -159,7 +174,7 @@ def conv2d_backward(
 ) -> None:
     """Adds to grad_x (any strides, zeroed before) and fills grad_codebook, float64 [2^bits]."""
     _cpu.conv2d_backward(
-        _weight(_cpu, weight),
+        _weight(weight),
         _cpu.ConvShape(**shape),
         x=x.data_ptr(),
         x_strides=x.stride(),
@@ -199,4 +214,150 @@ def kmeans_optimal(points: Tensor, weights: Tensor, starts: Tensor) -> None:
         points=points.data_ptr(),
         weights=weights.data_ptr(),
         starts=starts.data_ptr(),
+    )
+
+
+# ---- CUDA: weights in a device layout, tensors on the device ----
+
+
+class Output(NamedTuple):
+    """Where a product W X goes: y [N, M] or an image [batch, M, out_h, out_w]; see csrc/cuda."""
+
+    y: Tensor
+    bias: Tensor | None
+    relu: bool
+    M: int
+    N: int
+    pixels: int
+    image_stride: int
+    pixel_stride: int
+    row_stride: int
+    partial: Tensor | None
+    splits: int
+
+
+class Source(NamedTuple):
+    """The columns X of a product: rows of x [N, K], or windows of an image of this shape."""
+
+    x: Tensor
+    stride: int = 0
+    shape: dict[str, int] | None = None
+
+
+@cache
+def device_properties(index: int) -> Any:
+    """multiprocessors, shared_memory (bytes of a block) and capability (90 for 9.0) of a device."""
+    return _cuda.properties(index)
+
+
+def device_index(tensor: Tensor) -> int:
+    """The CUDA device of a tensor."""
+    return tensor.device.index or 0
+
+
+def device_direct(weight: Weight, source: Source, out: Output) -> None:
+    """Fills out.y for a few rows of x, in float32."""
+    x = source.x
+    _cuda.direct(_device_weight(weight), _dtype(x), _source(source), _output(out), _queue(x))
+
+
+def device_matmul(weight: Weight, source: Source, out: Output) -> None:
+    """Fills out.y on tensor cores."""
+    x = source.x
+    _cuda.matmul(_device_weight(weight), _dtype(x), _source(source), _output(out), _queue(x))
+
+
+def device_matmul_fits(weight: Weight, source: Source, out: Output) -> bool:
+    """Whether a block of `device_matmul` finds room in shared memory."""
+    x = source.x
+    return _cuda.matmul_fits(
+        _device_weight(weight), _dtype(x), _source(source), _output(out), device_index(x)
+    )
+
+
+def device_decode(weight: Weight, first: int, dense: Tensor) -> None:
+    """Fills dense [rows, K] with the rows from `first`, a multiple of 16, on.
+
+    For PAIRS, `dense` holds zeros before.
+    """
+    out = _cuda.VectorOut(dense.data_ptr(), _dtype(dense))
+    _cuda.decode(_device_weight(weight), first, dense.shape[0], out, _queue(dense))
+
+
+def device_kmeans_assign(
+    points: Tensor, centroids: Tensor, codes: Tensor, sums: Tensor, counts: Tensor
+) -> None:
+    """Fills codes uint8 [n], sums float64 [C] and counts int64 [C] by centroids [C] in any order.
+
+    All contiguous. Nothing waits for the device, which sorts the centroids itself.
+    """
+    n, count = points.numel(), centroids.numel()
+    size = _cuda.kmeans_assign_workspace(n, count, device_index(points))
+    workspace = torch.empty(size, dtype=torch.uint8, device=points.device)
+    _cuda.kmeans_assign(
+        n=n,
+        count=count,
+        points=points.data_ptr(),
+        centroids=centroids.data_ptr(),
+        codes=codes.data_ptr(),
+        sums=sums.data_ptr(),
+        counts=counts.data_ptr(),
+        workspace=workspace.data_ptr(),
+        queue=_queue(points),
+    )
+
+
+def _queue(tensor: Tensor) -> Any:
+    if not tensor.is_cuda:  # emulated
+        return _cuda.Queue(0, 0)
+    index = device_index(tensor)
+    return _cuda.Queue(index, torch.cuda.current_stream(index).cuda_stream)
+
+
+def _dtype(tensor: Tensor) -> Any:
+    return getattr(_cuda.Dtype, str(tensor.dtype).removeprefix("torch."))
+
+
+def _vector(tensor: Tensor | None) -> Any:
+    if tensor is None:
+        return _cuda.Vector(0, _cuda.Dtype.float32)
+    return _cuda.Vector(tensor.data_ptr(), _dtype(tensor))
+
+
+def _device_weight(weight: Weight) -> Any:
+    return _cuda.Weight(
+        M=weight.M,
+        K=weight.K,
+        bits=weight.bits,
+        layout=weight.layout,
+        positions=weight.positions.data_ptr(),
+        codes=weight.codes.data_ptr(),
+        codebook=_vector(weight.codebook),
+    )
+
+
+def _source(source: Source) -> Any:
+    if source.shape is None:
+        return _cuda.Source(x=source.x.data_ptr(), stride=source.stride)
+    return _cuda.Source(
+        x=source.x.data_ptr(),
+        image=True,
+        shape=_cuda.ConvShape(source.shape),
+        strides=source.x.stride(),
+    )
+
+
+def _output(out: Output) -> Any:
+    return _cuda.Output(
+        y=_cuda.VectorOut(out.y.data_ptr(), _dtype(out.y)),
+        bias=_vector(out.bias),
+        relu=out.relu,
+        M=out.M,
+        N=out.N,
+        pixels=out.pixels,
+        image_stride=out.image_stride,
+        pixel_stride=out.pixel_stride,
+        row_stride=out.row_stride,
+        splits=out.splits,
+        partial=_pointer(out.partial),
     )

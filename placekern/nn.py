@@ -1,14 +1,13 @@
 """QuantSparseConv2d and QuantSparseLinear: modules that hold and run compressed weights.
 
 They take the arguments of `nn.Conv2d` and `nn.Linear`. Their parameters are `codebook` and `bias`;
-the packed arrays are buffers, of a size that depends on the density, so loading a state_dict makes
-room of the right size first.
+the packed arrays are buffers, not parameters (placekern.module).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,131 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .weight import Layout, QuantSparseWeight
+from .module import QuantSparseModule
+from .weight import QuantSparseWeight
 
 __all__ = ["QuantSparseConv2d", "QuantSparseLinear", "quant_sparse_layers", "replace_module"]
-
-_BUFFERS = ("row_ptr", "positions", "codes")
-
-
-class QuantSparseModule(nn.Module):
-    """What both modules share: the compressed weight as buffers and a trainable codebook."""
-
-    row_ptr: Tensor
-    positions: Tensor
-    codes: Tensor
-
-    def __init__(self, shape: tuple[int, int], bits: int) -> None:
-        super().__init__()
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-            raise ValueError(f"bits is {bits!r}, expected an integer from 1 to 8")
-        self.bits = bits
-        self._shape = shape
-        self._layout = Layout.MASK
-        self._nnz = 0
-        for name in _BUFFERS:
-            self.register_buffer(name, None)
-        self.codebook: nn.Parameter
-        self.register_parameter("codebook", None)
-
-    @property
-    def weight(self) -> QuantSparseWeight:
-        """The compressed weight; shares its arrays and the codebook with the module."""
-        return QuantSparseWeight.trusted(
-            self._shape,
-            self.bits,
-            self._layout,
-            self._nnz,
-            self.row_ptr,
-            self.positions,
-            self.codes,
-            self.codebook,
-        )
-
-    @weight.setter
-    def weight(self, weight: QuantSparseWeight) -> None:
-        if weight.shape != self._shape or weight.bits != self.bits:
-            raise ValueError(
-                f"weight is {list(weight.shape)} with {weight.bits} bits, expected "
-                f"{list(self._shape)} with {self.bits} bits"
-            )
-        self._layout = weight.layout
-        self._nnz = weight.nnz
-        for name in _BUFFERS:
-            setattr(self, name, getattr(weight, name))
-        book = weight.codebook
-        self.codebook = book if isinstance(book, nn.Parameter) else nn.Parameter(book)
-
-    def _initialise(self, bound: float, device: Any, dtype: torch.dtype | None) -> None:
-        """Uniform weights in +-bound, at full density, on a uniform codebook."""
-        dtype = dtype or torch.get_default_dtype()
-        if torch.device(device or torch.get_default_device()).type == "meta":
-            self.codebook = nn.Parameter(torch.empty(1 << self.bits, device="meta", dtype=dtype))
-            for name in _BUFFERS:
-                kind = torch.int32 if name == "row_ptr" else torch.uint8
-                setattr(self, name, torch.empty(0, dtype=kind, device="meta"))
-            return
-        dense = torch.empty(self._shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound)
-        codebook = torch.linspace(-bound, bound, 1 << self.bits, device="cpu")
-        keep = torch.ones_like(dense, dtype=torch.bool)
-        self.weight = QuantSparseWeight.from_dense(dense, codebook, keep)
-        self.to(device=device or torch.get_default_device(), dtype=dtype)
-
-    def _make_bias(self, size: int, bound: float, device: Any, dtype: torch.dtype | None) -> None:
-        bias = torch.empty(size, device=device, dtype=dtype)
-        self.bias = nn.Parameter(bias.uniform_(-bound, bound))
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # The arrays have the size that the file's density gives them: make room of that size, after
-        # proving them, and let torch copy or assign as it does for any buffer.
-        incoming = [state_dict.get(prefix + name) for name in (*_BUFFERS, "codebook")]
-        missing = [
-            name
-            for name, tensor in zip((*_BUFFERS, "codebook"), incoming, strict=True)
-            if tensor is None
-        ]
-        if 0 < len(missing) < len(incoming):
-            # torch would copy what is there, and the kernels would read past the end of the rest.
-            error_msgs.append(
-                f"{prefix.rstrip('.') or type(self).__name__}: the state_dict lacks "
-                f"{', '.join(missing)}; a compressed weight is loaded whole or not at all"
-            )
-            return
-        if not missing:
-            try:
-                proven = QuantSparseWeight(self._shape, self.bits, *incoming)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-                return
-            self._layout = proven.layout
-            self._nnz = proven.nnz
-            for name, tensor in zip(_BUFFERS, incoming, strict=False):
-                own = getattr(self, name)
-                # Kept where it fits: layers that share a weight go on sharing it.
-                if (own.shape, own.dtype, own.device) != (
-                    tensor.shape,
-                    tensor.dtype,
-                    self.codebook.device,
-                ):
-                    setattr(self, name, torch.empty_like(tensor, device=self.codebook.device))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the compressed weight and the bias."""
-        bias = self.bias
-        return self.weight.nbytes + (0 if bias is None else bias.numel() * bias.element_size())
 
 
 class QuantSparseLinear(QuantSparseModule):

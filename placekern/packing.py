@@ -22,10 +22,16 @@ _CHUNK = 1 << 22  # positions handled at a time: bounds the temporaries
 
 
 class Layout(IntEnum):
-    """How the columns of the non-zeros are kept."""
+    """How the columns of the non-zeros are kept: the first two on the CPU, the others on a GPU."""
 
     MASK = 0
     WINDOW = 1
+    DENSE = 2
+    PAIRS = 3
+
+
+DEVICE_LAYOUTS = (Layout.DENSE, Layout.PAIRS)
+"""The layouts that CUDA kernels read; placekern.device_packing writes them."""
 
 
 def choose_layout(M: int, K: int, nnz: int) -> Layout:

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import packing, proofs
-from .packing import READ_PADDING, Layout
+from . import device_packing, packing, proofs
+from .packing import DEVICE_LAYOUTS, READ_PADDING, Layout
 
 __all__ = ["Layout", "QuantSparseWeight"]
 
@@ -29,14 +29,15 @@ class QuantSparseWeight:
     Attributes:
         shape: (M, K).
         bits: of a code, 1 to 8.
-        layout: how columns are kept, `Layout.MASK` or `Layout.WINDOW`, whichever is smaller.
+        layout: how columns and codes are kept: on the CPU `Layout.MASK` or `Layout.WINDOW`, on a
+            GPU `Layout.DENSE` or `Layout.PAIRS`, whichever is smaller.
         row_ptr: int32 [M + 1] (int64 past 2^31 non-zeros), where each row's entries start.
         positions: uint8, the columns in `layout`, with read padding.
-        codes: uint8, `bits` bits an entry, with read padding.
+        codes: uint8, the codes in `layout`, with read padding.
         codebook: float32 [2^bits]; may be a `torch.nn.Parameter`.
 
     Make one with `from_dense`, `from_csr` or `from_scipy`; the constructor takes the packed
-    arrays and proves them.
+    arrays of a CPU layout, as a state_dict has them, and proves them.
 
     Raises:
         TypeError: an array has the wrong dtype.
@@ -80,6 +81,11 @@ class QuantSparseWeight:
         )
         proofs.prove_positions(layout, positions.detach().cpu().numpy(), rows, M, K)
         self._assign(shape, bits, layout, nnz, row_ptr, positions, codes, codebook)
+        if self.device.type == "cuda":
+            packed = self.to_layout(self.best_layout("cuda"))
+            self._assign(
+                shape, bits, packed.layout, nnz, row_ptr, packed.positions, packed.codes, codebook
+            )
 
     def _assign(
         self,
@@ -174,11 +180,18 @@ class QuantSparseWeight:
         codebook: Tensor,
         shape: tuple[int, int],
         bits: int,
+        layout: Layout | None = None,
     ) -> QuantSparseWeight:
         M, K = shape
         nnz = int(row_ptr[-1])
-        layout = packing.choose_layout(M, K, nnz)
         device = codebook.device
+        if layout is None:
+            layout = _best_layout(device.type, M, K, nnz, bits)
+        if layout in DEVICE_LAYOUTS:
+            positions, packed = device_packing.pack(layout, row_ptr, col_ind, codes, M, K, bits)
+        else:
+            positions = packing.pack_positions(layout, row_ptr, col_ind, M, K)
+            packed = packing.pack_codes(codes, bits)
         index = torch.int32 if nnz < 1 << 31 else torch.int64
         return cls.trusted(
             shape,
@@ -186,8 +199,8 @@ class QuantSparseWeight:
             layout,
             nnz,
             torch.from_numpy(row_ptr).to(device, index),
-            torch.from_numpy(packing.pack_positions(layout, row_ptr, col_ind, M, K)).to(device),
-            torch.from_numpy(packing.pack_codes(codes, bits)).to(device),
+            torch.from_numpy(positions).to(device),
+            torch.from_numpy(packed).to(device),
             codebook,
         )
 
@@ -314,17 +327,26 @@ class QuantSparseWeight:
         row_ptr is int32 or int64 [M + 1], col_ind uint16 (int32 when K > 65,536) [nnz], codes
         uint8 [nnz]; all on the weight's device.
         """
-        M, K = self.shape
-        rows = self.row_ptr.cpu().numpy().astype(np.int64)
-        positions = self.positions.cpu().numpy()
-        columns = packing.unpack_positions(self.layout, positions, rows, M, K)
-        codes = packing.unpack_codes(self.codes.cpu().numpy(), self.nnz, self.bits)
+        _, columns, codes = self._unpack()
         device = self.device
         return (
             self.row_ptr.clone(),
             torch.from_numpy(columns).to(device),
             torch.from_numpy(codes).to(device),
         )
+
+    def _unpack(self) -> tuple[NDArray[np.int64], NDArray, NDArray[np.uint8]]:
+        M, K = self.shape
+        rows = self.row_ptr.cpu().numpy().astype(np.int64)
+        positions, codes = self.positions.cpu().numpy(), self.codes.cpu().numpy()
+        if self.layout in DEVICE_LAYOUTS:
+            columns, codes = device_packing.unpack(
+                self.layout, positions, codes, rows, M, K, self.bits
+            )
+        else:
+            columns = packing.unpack_positions(self.layout, positions, rows, M, K)
+            codes = packing.unpack_codes(codes, self.nnz, self.bits)
+        return rows, columns, codes
 
     def to_scipy(self) -> Any:
         """A `scipy.sparse.csr_matrix` of float32 values."""
@@ -347,17 +369,40 @@ class QuantSparseWeight:
         return dense if dtype is None else dense.to(dtype)
 
     def to(self, device: torch.device | str) -> QuantSparseWeight:
-        """The same weight on another device."""
+        """The same weight on another device, in the layout that is best there."""
+        packed = self.to_layout(self.best_layout(torch.device(device).type))
         return self.trusted(
             self.shape,
             self.bits,
-            self.layout,
+            packed.layout,
             self.nnz,
             self.row_ptr.to(device),
-            self.positions.to(device),
-            self.codes.to(device),
+            packed.positions.to(device),
+            packed.codes.to(device),
             self.codebook.to(device),
         )
+
+    def best_layout(self, device_type: str) -> Layout:
+        """The layout that a weight of these sizes has on "cpu" or "cuda"."""
+        return _best_layout(device_type, *self.shape, self.nnz, self.bits)
+
+    def to_layout(self, layout: Layout) -> QuantSparseWeight:
+        """The same weight with its arrays in another layout, on the same device.
+
+        `to` chooses the right one; this is for writing files and for tests. The codebook is
+        shared.
+
+        Raises:
+            ValueError: PAIRS was asked for with more than 63,488 columns.
+        """
+        if layout == self.layout:
+            return self
+        if layout == Layout.PAIRS and self.shape[1] > device_packing.MAX_PAIRS_K:
+            raise ValueError(
+                f"PAIRS numbers at most {device_packing.MAX_PAIRS_K} columns, the weight has "
+                f"{self.shape[1]}; use DENSE"
+            )
+        return self._pack(*self._unpack(), self.codebook, self.shape, self.bits, layout)
 
     @property
     def device(self) -> torch.device:
@@ -393,6 +438,12 @@ class QuantSparseWeight:
             f"{self.nnz:,} non-zeros, {self.layout.name.lower()} layout, "
             f"{self.nbytes:,} bytes{share}, device={self.device})"
         )
+
+
+def _best_layout(device_type: str, M: int, K: int, nnz: int, bits: int) -> Layout:
+    if device_type == "cuda":
+        return device_packing.choose_device_layout(M, K, nnz, bits)
+    return packing.choose_layout(M, K, nnz)
 
 
 def as_matrix(weight: Tensor) -> Tensor:

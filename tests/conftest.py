@@ -2,18 +2,64 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulation import build as cuda_emulation
+from torch import Tensor
 
 import placekern as pk
+from placekern import QuantSparseWeight, _native
+from placekern.packing import Layout
 
 # One thread unless a test asks for more: on a busy machine, threads that wait for each other spin,
 # and tests of small layers take thirty times as long.
 torch.set_num_threads(1)
+
+# A machine that holds little more than torch runs what needs none of these, and says what it skips.
+OPTIONAL = ("PIL", "faiss", "hypothesis", "rich", "scipy", "typer", "zstandard")
+MISSING = {name for name in OPTIONAL if find_spec(name) is None}
+
+
+def _needs(path: Path) -> list[str]:
+    """Missing packages that a test file imports at its top."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return sorted(names & MISSING)
+
+
+class _SkippedModule(pytest.Module):
+    def collect(self) -> list[pytest.Item]:
+        names = ", ".join(_needs(self.path))
+        pytest.skip(f"{self.path.name} needs {names}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    return _SkippedModule.from_parent(parent, path=module_path) if _needs(module_path) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in MISSING:
+            raise
+        pytest.skip(f"needs {error.name}")
+
+
+pytest_runtest_setup = pytest_runtest_call
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +74,45 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     pk.set_isa(request.param)
     yield request.param
     pk.set_isa(before)
+
+
+class Gpu:
+    """A device for the CUDA kernels: a real one, or the emulator, which works on CPU tensors."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    def weight(self, weight: QuantSparseWeight, layout: Layout | None = None) -> QuantSparseWeight:
+        layout = weight.best_layout("cuda") if layout is None else layout
+        packed, to = weight.to_layout(layout), self.tensor
+        return QuantSparseWeight.trusted(
+            weight.shape,
+            weight.bits,
+            layout,
+            weight.nnz,
+            to(packed.row_ptr),
+            to(packed.positions),
+            to(packed.codes),
+            to(packed.codebook),
+        )
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """Runs a test on the emulator of tests/cuda_emulation, and on a GPU where there is one."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available() or _native.cuda_devices() == 0:
+            pytest.skip("no GPU, or built without CUDA")
+        yield Gpu("cuda")
+        return
+    variant = os.environ.get("PLACEKERN_EMULATION", "plain")
+    monkeypatch.setattr(_native, "_cuda", cuda_emulation.load(variant))
+    _native.device_properties.cache_clear()
+    yield Gpu("cpu")
+    _native.device_properties.cache_clear()
 
 
 @pytest.fixture(scope="session")

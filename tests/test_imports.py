@@ -18,13 +18,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
     "packing": set(),
     "proofs": {"packing"},
-    "weight": {"packing", "proofs"},
+    "device_packing": {"packing"},
+    "weight": {"packing", "device_packing", "proofs"},
     "reference": set(),
     "_native": {"_cpu", "_cuda"},
+    "device": {"_native", "packing"},
 }
-MAY_IMPORT["ops"] = {"_native", "packing", "proofs", "weight"}
-MAY_IMPORT["nn"] = {"packing", "proofs", "weight", "ops"}
-MAY_IMPORT["io"] = {"packing", "proofs", "weight", "reference", "ops", "nn", "_version"}
+MAY_IMPORT["ops"] = MAY_IMPORT["weight"] | {"_native", "weight", "device"}
+MAY_IMPORT["module"] = MAY_IMPORT["weight"] | {"weight"}
+MAY_IMPORT["nn"] = MAY_IMPORT["module"] | {"module", "ops"}
+MAY_IMPORT["io"] = MAY_IMPORT["nn"] | {"nn", "reference", "_version"}
 MAY_IMPORT["compress"] = MAY_IMPORT["io"] | {"io"}  # which counts the bytes of a file
 MAY_IMPORT["vpr"] = MAY_IMPORT["compress"] | {"compress"}
 MAY_IMPORT["cli"] = MAY_IMPORT["vpr"] | {"vpr", "_native", "placekern"}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import placekern as pk
 from placekern.io import architectures, file, read_header, register_architecture
 from placekern.nn import quant_sparse_layers
+from placekern.packing import Layout
 
 
 class Network(nn.Module):
@@ -736,3 +737,20 @@ def test_streams_of_random_bytes(small_file: tuple[Path, bytes], raw: bytes, nam
 
     rewrite(path, change)
     load_damaged(path, path.read_bytes())
+
+
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+def test_a_weight_of_a_gpu_is_written_as_one_of_the_cpu(tmp_path: Path, layout: Layout) -> None:
+    torch.manual_seed(0)
+    layer = pk.QuantSparseLinear(70, 20, bits=8)
+    layer.weight = random_weight(20, 70, 0.4, 8)
+    pk.save(layer, tmp_path / "cpu.safetensors")
+    layer.weight = layer.weight.to_layout(layout)
+    pk.save(layer, tmp_path / "gpu.safetensors")
+    cpu, gpu = (tmp_path / f"{name}.safetensors" for name in ("cpu", "gpu"))
+    assert cpu.read_bytes() == gpu.read_bytes()
+    state = layer.state_dict()
+    other = pk.QuantSparseLinear(70, 20, bits=8)
+    other.load_state_dict(state)
+    x = torch.randn(2, 70)
+    assert torch.equal(other(x), pk.load(cpu, pk.QuantSparseLinear(70, 20, bits=8))(x))

@@ -209,7 +209,7 @@ def test_unknown_isa_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layout": 7}, r"layout is 7, expected \[0, 1\]"),
+        ({"layout": 7}, r"layout is 7, expected \[0, 1, 2, 3\]"),
         ({"codes": torch.zeros(1, dtype=torch.uint8)}, "codes has 1 bytes"),
         ({"positions": torch.zeros(99, dtype=torch.uint8)}, "positions has 99 bytes"),
         ({"codes": torch.zeros(999, dtype=torch.uint8)[::2]}, r"codes has strides \(2,\)"),

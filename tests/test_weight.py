@@ -173,7 +173,7 @@ def packed(layout: Layout) -> dict[str, torch.Tensor | int | tuple[int, int]]:
     }
 
 
-@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("layout", [Layout.MASK, Layout.WINDOW])
 def test_packed_arrays_are_proven(layout: Layout) -> None:
     QuantSparseWeight(**packed(layout))
 

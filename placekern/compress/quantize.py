@@ -2,23 +2,25 @@
 
 The k-means fit starts from the exact optimum of a summary, some thousands of weighted points, and
 ends with Lloyd's iteration on all of them. The values are sorted once; with prefix sums an
-iteration then costs a few hundred binary searches, however many weights there are.
+iteration then costs a few hundred binary searches, however many weights there are. All of it runs
+where the values are, except that the optimum of the summary is found on the CPU.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
+from ..weight import midpoints
 
 _SUMMARY = 4096  # points of each of the two spacings that make the summary
+_BLOCK = 32  # sorted points that share a prefix sum
 
 
 def fit_kmeans(values: Tensor, clusters: int, iterations: int = 1000) -> Tensor:
-    """Centroids of 1-D k-means, float32 [clusters], sorted.
+    """Centroids of 1-D k-means, float32 [clusters], sorted, on the device of the values.
 
     Args:
         values: float32 [n], finite.
@@ -26,72 +28,114 @@ def fit_kmeans(values: Tensor, clusters: int, iterations: int = 1000) -> Tensor:
             distinct values are returned (the largest repeated) and nothing is lost.
         iterations: of Lloyd's algorithm, at most this many.
     """
-    points = np.sort(values.detach().cpu().numpy().reshape(-1))
-    if len(points) == 0:
-        return torch.zeros(clusters, device="cpu")
-    sample = points if len(points) <= 1 << 16 else points[:: len(points) >> 16]
-    if len(np.unique(sample)) <= clusters and len(distinct := np.unique(points)) <= clusters:
-        return torch.from_numpy(np.pad(distinct, (0, clusters - len(distinct)), mode="edge"))
+    if values.numel() == 0:
+        return torch.zeros(clusters, device=values.device)
+    points = _SortedPoints(values.detach().float().reshape(-1))
+    distinct = points.distinct(clusters)
+    if distinct is not None:
+        return torch.cat([distinct, distinct[-1:].expand(clusters - len(distinct))])
 
-    sums = np.zeros(len(points) + 1)
-    np.cumsum(points, dtype=np.float64, out=sums[1:])
-    edges = _optimal_edges(points, sums, clusters)
-    centroids = np.zeros(clusters)
+    edges = _optimal_edges(points, clusters)
+    centroids = torch.zeros(clusters, dtype=torch.float64, device=values.device)
     for _ in range(iterations):
-        counts = np.diff(edges)
-        means = np.diff(sums[edges]) / np.maximum(counts, 1)
+        counts = edges.diff()
+        means = points.sums(edges).diff() / counts.clamp(min=1)
         # An empty cluster repeats its neighbour; it stays empty, and costs nothing.
-        moved = np.maximum.accumulate(np.where(counts > 0, means, -np.inf))
-        moved[np.isneginf(moved)] = means[counts > 0][0]
-        if np.array_equal(moved, centroids):
+        first = means[(counts > 0).int().argmax(keepdim=True)]
+        moved = torch.where(counts > 0, means, first).cummax(0).values
+        if torch.equal(moved, centroids):
             break
         centroids = moved
-        # Rounded down to the points' own precision: a search among float64 would copy them all.
-        exact = (centroids[1:] + centroids[:-1]) / 2
-        boundaries = exact.astype(np.float32)
-        boundaries = np.where(
-            boundaries > exact, np.nextafter(boundaries, np.float32(-np.inf)), boundaries
-        )
-        inner = np.searchsorted(points, boundaries, "right")
-        edges = np.concatenate([[0], inner, [len(points)]])
-    return torch.from_numpy(centroids.astype(np.float32))
+        edges[1:-1] = points.not_above(midpoints(centroids))
+    return centroids.float()
 
 
 def fit_uniform(values: Tensor, clusters: int) -> Tensor:
-    """`clusters` equally spaced levels from the smallest to the largest value, float32."""
+    """`clusters` equally spaced levels from the smallest to the largest value, float32.
+
+    They are on the device of the values.
+    """
     if values.numel() == 0:
-        return torch.zeros(clusters, device="cpu")
+        return torch.zeros(clusters, device=values.device)
     low, high = values.detach().float().aminmax()
     levels = np.linspace(float(low), float(high), clusters)  # float32 steps could overflow
-    return torch.from_numpy(levels.astype(np.float32))
+    return torch.from_numpy(levels.astype(np.float32)).to(values.device)
 
 
-def _optimal_edges(
-    points: NDArray[np.float32], sums: NDArray[np.float64], clusters: int
-) -> NDArray[np.int64]:
+class _SortedPoints:
+    """Values in rising order, float32 [n], and sums of the first of them.
+
+    A prefix sum is kept for each block of points, not for each point: that is less memory, and
+    the same on every run, which a long torch.cumsum of floats on a GPU is not.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        if values.is_cuda:
+            self.values = values.sort().values
+        else:  # numpy sorts, and adds rows, several times faster than torch on one thread
+            self.values = torch.from_numpy(np.sort(values.numpy()))
+        blocks = len(values) // _BLOCK
+        whole = self.values[: blocks * _BLOCK].view(blocks, _BLOCK)
+        if values.is_cuda:
+            sums = whole.sum(1, dtype=torch.float64).cpu()
+        else:
+            sums = torch.from_numpy(whole.numpy().sum(1, dtype=np.float64))
+        self._prefix = torch.cat([sums.new_zeros(1), sums.cumsum(0)]).to(values.device)
+        self._within = torch.arange(_BLOCK, device=values.device)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def sums(self, edges: Tensor) -> Tensor:
+        """For each edge, int64 [k] of 0 to n, the float64 sum of the points before it."""
+        block = edges // _BLOCK
+        at = block[:, None] * _BLOCK + self._within
+        points = self.values[at.clamp(max=len(self) - 1)].double()
+        return self._prefix[block] + torch.where(at < edges[:, None], points, 0.0).sum(1)
+
+    def below(self, bounds: Tensor) -> Tensor:
+        """How many points lie below each bound, float32 [k] -> int64 [k]."""
+        return torch.searchsorted(self.values, bounds)
+
+    def not_above(self, bounds: Tensor) -> Tensor:
+        """How many points lie below each bound or on it, float32 [k] -> int64 [k]."""
+        return torch.searchsorted(self.values, bounds, right=True)
+
+    def distinct(self, most: int) -> Tensor | None:
+        """The distinct values when there are no more than `most`, else None."""
+        sample = self.values[:: max(1, len(self) >> 16)]  # often enough to tell
+        if len(sample.unique_consecutive()) > most:
+            return None
+        distinct = self.values.unique_consecutive()
+        return distinct if len(distinct) <= most else None
+
+
+def _optimal_edges(points: _SortedPoints, clusters: int) -> Tensor:
     """Where clusters begin and end in sorted points, int64 [clusters + 1]; best for a summary."""
     edges = _summary_edges(points)
-    weights = np.diff(edges).astype(np.float64)
-    means = np.diff(sums[edges]) / weights
-    starts = ops.kmeans_optimal(torch.from_numpy(means), torch.from_numpy(weights), clusters)
-    return np.append(edges[starts.numpy()], len(points))
+    weights = edges.diff().double()
+    means = points.sums(edges).diff() / weights
+    starts = ops.kmeans_optimal(means.cpu(), weights.cpu(), clusters)
+    return torch.cat([edges[starts.to(edges.device)], edges[-1:]])
 
 
-def _summary_edges(points: NDArray[np.float32]) -> NDArray[np.int64]:
+def _summary_edges(points: _SortedPoints) -> Tensor:
     """Where the points of the summary begin and end; equal values are never parted.
 
     Half of the edges lie at equal counts, half where an optimal quantizer of many levels would put
     them: with the cube root of the density (Panter and Dite, Proc. IRE 39, 1951).
     """
-    if len(points) <= 2 * _SUMMARY:
-        at = np.arange(len(points))
+    n, device = len(points), points.values.device
+    if n <= 2 * _SUMMARY:
+        at = points.values
     else:
-        at = np.linspace(0, len(points) - 1, _SUMMARY).astype(np.int64)
-        knots = np.unique(points[at]).astype(np.float64)
+        equal = torch.from_numpy(np.linspace(0, n - 1, _SUMMARY).astype(np.int64))
+        at = points.values[equal.to(device)]
+        knots = np.unique(at.cpu().numpy()).astype(np.float64)
         # Between two knots lies the same mass, so the density is 1 / width, and its cube root
         # integrates to width^(2/3).
         mass = np.concatenate([[0.0], np.cumsum(np.diff(knots) ** (2 / 3))])
-        spread = np.interp(np.linspace(0, mass[-1], _SUMMARY), mass, knots)
-        at = np.concatenate([at, np.searchsorted(points, spread.astype(np.float32))])
-    first = np.searchsorted(points, points[np.minimum(at, len(points) - 1)])
-    return np.unique(np.concatenate([[0], first, [len(points)]]))
+        spread = np.interp(np.linspace(0, mass[-1], _SUMMARY), mass, knots).astype(np.float32)
+        at = torch.cat([at, torch.from_numpy(spread).to(device)])
+    ends = torch.tensor([0, n], device=device)
+    return torch.cat([points.below(at), ends]).unique()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,10 @@ class CompressReport:
 
     def table(self) -> Table:
         """The report as a rich table; kB are 1,000 bytes, error is relative_error."""
+        from rich import box  # here, so that compressing needs no rich
+        from rich.markup import escape
+        from rich.table import Table
+
         table = Table(
             title=f"{len(self.layers)} layers compressed, {self.pruned:.1%} pruned",
             title_justify="left",
@@ -119,6 +121,8 @@ class CompressReport:
         return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         text = io.StringIO()
         Console(file=text, width=110, color_system=None, force_terminal=False).print(self.table())
         return text.getvalue().rstrip("\n")

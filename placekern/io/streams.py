@@ -6,9 +6,10 @@ entropy stage works on bytes and then spends about their entropy, 5-bit codes in
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +22,7 @@ _LEVEL = 3  # higher levels look for repeated strings, which random-looking stre
 
 def encode(weight: QuantSparseWeight) -> tuple[Tensor, Tensor]:
     """The two streams of a weight, (positions, codes), uint8."""
+    weight = weight.to_layout(weight.best_layout("cpu"))
     size = weight.positions.numel() - READ_PADDING
     positions = weight.positions[:size].cpu().numpy()
     codes = packing.unpack_codes(weight.codes.cpu().numpy(), weight.nnz, weight.bits)
@@ -75,8 +77,21 @@ def decode(
         raise ValueError(f"{name}: {error}") from None
 
 
+def _zstandard() -> Any:
+    # Imported when a stream is made or read: everything but files works without it.
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "placekern's files are compressed by the package zstandard, which is not installed; "
+            "pip install zstandard",
+            name=error.name,
+        ) from None
+    return zstandard
+
+
 def _compress(data: NDArray[np.uint8]) -> Tensor:
-    packed = zstandard.ZstdCompressor(level=_LEVEL).compress(np.ascontiguousarray(data))
+    packed = _zstandard().ZstdCompressor(level=_LEVEL).compress(np.ascontiguousarray(data))
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
 
 
@@ -86,6 +101,7 @@ def _decompress(name: str, stream: Tensor, size: int) -> NDArray[np.uint8]:
             f"{name} is {stream.dtype} {tuple(stream.shape)}, expected a flat torch.uint8 tensor"
         )
     data = stream.numpy().tobytes()
+    zstandard = _zstandard()
     try:
         promised = zstandard.frame_content_size(data)
         if promised != size:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..packing import READ_PADDING, Layout, mask_bytes, window_bytes
+from .. import _native, device_packing
+from ..packing import DEVICE_LAYOUTS, READ_PADDING, Layout, mask_bytes, window_bytes
 from ..weight import QuantSparseWeight
 
 library = torch.library.Library("placekern", "DEF")
+
+_LAYOUTS = frozenset(map(int, Layout))
 
 WEIGHT = (
     "Tensor row_ptr, Tensor positions, Tensor codes, Tensor codebook, int K, int bits, int layout"
@@ -86,8 +88,13 @@ def check_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None
     Runs on every call: comparisons first, words only when one fails.
     """
     w = weight
-    if w.layout not in (Layout.MASK, Layout.WINDOW):
+    if w.layout not in _LAYOUTS:
         raise ValueError(f"{op}: layout is {w.layout}, expected {list(map(int, Layout))}")
+    if w.layout not in DEVICE_LAYOUTS and x.is_cuda:
+        raise ValueError(
+            f"{op}: the weight is in the CPU's {Layout(w.layout).name} layout, but x is on "
+            f"{x.device}; move the layer with .to({str(x.device)!r})"
+        )
     for name, tensor in (("row_ptr", w.row_ptr), ("positions", w.positions), ("codes", w.codes)):
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} has strides {tensor.stride()}, expected contiguous")
@@ -118,8 +125,7 @@ def check_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None
             f"{op}: codebook has shape {tuple(w.codebook.shape)}, expected ({1 << w.bits},) "
             f"for {w.bits} bits"
         )
-    mask = w.layout == Layout.MASK
-    smallest = READ_PADDING + (mask_bytes(w.M, w.K) if mask else window_bytes(w.M, w.K, 0))
+    smallest = READ_PADDING + _least_position_bytes(w)
     if w.codes.shape[0] < READ_PADDING:
         raise ValueError(
             f"{op}: codes has {w.codes.shape[0]} bytes, expected {READ_PADDING} bytes of padding"
@@ -131,6 +137,14 @@ def check_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None
         )
     if bias is not None and bias.shape != (w.M,):
         raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({w.M},)")
+
+
+def _least_position_bytes(w: _native.Weight) -> int:
+    if w.layout == Layout.MASK:
+        return mask_bytes(w.M, w.K)
+    if w.layout == Layout.WINDOW:
+        return window_bytes(w.M, w.K, 0)
+    return device_packing.least_position_bytes(w.layout, w.M, w.K)
 
 
 def weight(

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, device
+from ..packing import DEVICE_LAYOUTS
 from ..weight import QuantSparseWeight
 from . import common
 
@@ -140,8 +141,11 @@ def _conv2d_fake(x: Tensor, *args: Any) -> Tensor:
 def _conv2d(x: Tensor, *args: Any) -> Tensor:
     weight, bias, sizes, relu = common.weight(*args[:7]), args[7], args[8:13], args[13]
     common.check_weight("conv2d", x, weight, bias)
-    common.no_cuda("conv2d", x)
     shape = _conv2d_shape(x, weight, *sizes)
+    if weight.layout in DEVICE_LAYOUTS:
+        y = _conv2d_empty(x, weight, shape)
+        device.conv2d(weight, shape, sizes[2], x.detach(), bias, y, relu)
+        return y
     dtype = common.compute_dtype(x)
     image = x.detach().to(dtype)
     y = _conv2d_empty(image, weight, shape)

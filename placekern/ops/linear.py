@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, device
+from ..packing import DEVICE_LAYOUTS
 from ..weight import QuantSparseWeight
 from . import common
 
@@ -51,14 +52,10 @@ def _linear_fake(x: Tensor, *args: Any) -> Tensor:
 def _linear(x: Tensor, *args: Any) -> Tensor:
     weight, (bias, relu) = common.weight(*args[:7]), args[7:]
     _linear_check(x, weight, bias)
-    if x.is_cuda and _native.cuda_devices() == 0:
-        raise RuntimeError(
-            "linear: x is on a CUDA device, but placekern was built without CUDA; reinstall it "
-            "with PLACEKERN_CUDA=on, or move the layer to the CPU"
-        )
+    if weight.layout in DEVICE_LAYOUTS:
+        flat = x.detach().reshape(x.shape[:-1].numel(), weight.K)
+        return device.linear(weight, flat, bias, relu).view(*x.shape[:-1], weight.M)
     dtype = common.compute_dtype(x)
-    if x.is_cuda and dtype == torch.float64:
-        raise NotImplementedError("linear: float64 runs on the CPU only; use float32 on CUDA")
     flat = x.detach().reshape(x.shape[:-1].numel(), weight.K).to(dtype).contiguous()
     # Made in its final shape: autograd refuses in-place changes of an output that is a view.
     y = flat.new_empty((*x.shape[:-1], weight.M))

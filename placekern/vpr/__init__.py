@@ -1,12 +1,13 @@
 """Place recognition: networks, data, retrieval and evaluation around the compressed layers.
 
 The surprise: importing this package makes its networks known to `placekern.load`, which rebuilds a
-network from the name in a file.
+network from the name in a file. What draws is imported when it is first used: it needs Pillow.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from placekern.io import register_architecture
 from placekern.vpr.backbones import BACKBONES, BackboneSpec, squeezenet
@@ -28,7 +29,6 @@ from placekern.vpr.evaluate import (
     latency_ms,
     recall_at,
 )
-from placekern.vpr.figure import Retrieval, retrieval_sheet, save_sheet
 from placekern.vpr.fit import fit_, init_netvlad_, whiten_
 from placekern.vpr.index import Index
 from placekern.vpr.models import ARCHITECTURES, PlaceNet, build
@@ -38,6 +38,9 @@ from placekern.vpr.retrieve import describe, search
 from placekern.vpr.train import distill, train
 from placekern.vpr.weights import load, load_npz_, read_mat
 from placekern.vpr.whitening import fit_whitening
+
+if TYPE_CHECKING:
+    from placekern.vpr.figure import Retrieval, retrieval_sheet, save_sheet
 
 __all__ = [
     "ARCHITECTURES",
@@ -78,6 +81,15 @@ __all__ = [
     "train",
     "whiten_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Retrieval", "retrieval_sheet", "save_sheet"):
+        from placekern.vpr import figure
+
+        return getattr(figure, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 for _name in ARCHITECTURES:
     register_architecture(_name, partial(build, _name))

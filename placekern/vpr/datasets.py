@@ -14,7 +14,6 @@ from typing import overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -136,12 +135,14 @@ def read_image(path: str | Path, size: Size = None) -> Tensor:
         FileNotFoundError: no such file.
         ValueError: the file is not a readable image.
     """
+    from PIL import Image, ImageOps  # here, so that networks need no Pillow
+
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     if size is not None:
         if isinstance(size, int):

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.io import loadmat
 from torch import Tensor, nn
 
 from placekern.io import load as load_saved
@@ -133,6 +132,8 @@ def read_mat(path: str | Path) -> MatNet:
     Raises:
         ValueError: a damaged file, or one of another structure.
     """
+    from scipy.io import loadmat  # here, so that networks need no scipy
+
     try:
         net = loadmat(path, variable_names=["net"], struct_as_record=False, squeeze_me=True)["net"]
         layers = {str(layer.name): layer for layer in np.atleast_1d(net.layers)}

@@ -1,0 +1,261 @@
+// y = W x for one or two columns, straight from the codes.
+//
+// What limits it: bytes. On an H100 (3.0 TB/s, 132 SMs at 1.755 GHz) a byte of weight has time for
+// ten thread-instructions. Dense layout: a position costs a shift, a mask, a lookup and a
+// multiply-add, at one byte (8 bits) or 5/8. Pairs: about eight instructions for 2.25 bytes.
+// The lookup is one wavefront of shared memory for 32 positions (table.cuh), so neither the table
+// nor the arithmetic is the bottleneck, if enough loads are in flight: each warp keeps the next
+// unit, or four chunks a lane, on their way while it works on the last.
+#include "ops.h"
+#include "output.cuh"
+#include "table.cuh"
+
+namespace placekern::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+
+// A lane's 16 elements of x for each column of the batch, as they lie in memory.
+template <int kN, class T>
+struct Slice {
+    static constexpr int kVectors = 16 * sizeof(T) / sizeof(uint4);
+    uint4 x[kN][kVectors];
+
+    __device__ __forceinline__ void load(const T* const (&rows)[kN], int64_t column) {
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v)
+                x[n][v] = __ldg(reinterpret_cast<const uint4*>(rows[n] + column) + v);
+        }
+    }
+
+    // Element j of column n; both constants once their loops are unrolled.
+    __device__ __forceinline__ float operator()(int n, int j) const {
+        const uint4& v = x[n][j * static_cast<int>(sizeof(T)) / 16];
+        const int at = j * static_cast<int>(sizeof(T)) % 16 / 4;
+        const uint32_t word = at == 0 ? v.x : at == 1 ? v.y : at == 2 ? v.z : v.w;
+        if constexpr (sizeof(T) == 4) {
+            return __uint_as_float(word);
+        } else {
+            const float2 both = unpack(word, T());
+            return j % 2 ? both.y : both.x;
+        }
+    }
+};
+
+// A block has 16 rows; its warps take turns along the columns and add up at the end.
+template <int kWidth, int kN, class T>
+__global__ void __launch_bounds__(kWarps* kWarp, 2) direct_dense(DirectArgs args) {
+    using Codebook = Table<kWidth>;
+    const DeviceWeight& weight = args.weight;
+    auto* const shared = reinterpret_cast<uint32_t*>(placekern_shared);
+    auto* const sums_of_warps = reinterpret_cast<float*>(placekern_shared + Codebook::kBytes);
+    const int lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarp;
+    const int64_t n0 = static_cast<int64_t>(blockIdx.z) * kN;
+    const int64_t units = weight.units();
+    const int64_t per_split = (units + args.out.splits - 1) / args.out.splits;
+    const int64_t first = per_split * blockIdx.y;
+    const int64_t end = min(first + per_split, units);
+
+    const T* rows[kN];
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+        rows[n] =
+            static_cast<const T*>(args.source.x) + min(n0 + n, args.out.N - 1) * args.source.stride;
+    const uint8_t* const codes = weight.codes + blockIdx.x * units * kUnitBytes<kWidth>;
+    const int own_column = lane % 4 * 16;
+
+    UnitCodes<kWidth> next_codes = {};
+    Slice<kN, T> next_x = {};
+    int64_t unit = first + warp;
+    if (unit < end) {  // on their way while the table is filled
+        next_codes = load_codes<kWidth>(codes + unit * kUnitBytes<kWidth>, lane);
+        next_x.load(rows, unit * kUnitColumns + own_column);
+    }
+    const int zero = zero_code(weight);
+    const bool escapes = has_escapes(weight);
+    Codebook::fill(shared, weight, zero, ExactBits());
+    __syncthreads();
+    const Codebook table = Codebook::of(shared, lane);
+
+    float sums[kN][2] = {};
+    for (; unit < end; unit += kWarps) {
+        const UnitCodes<kWidth> now = next_codes;
+        const Slice<kN, T> x = next_x;
+        if (unit + kWarps < end) {
+            next_codes = load_codes<kWidth>(codes + (unit + kWarps) * kUnitBytes<kWidth>, lane);
+            next_x.load(rows, (unit + kWarps) * kUnitColumns + own_column);
+        }
+#pragma unroll
+        for (int j = 0; j < kUnitCodes; ++j) {
+            const float value = __uint_as_float(table.of(now, j));
+#pragma unroll
+            for (int n = 0; n < kN; ++n) sums[n][j / 16] += value * x(n, j % 16);
+        }
+        if (escapes) {
+            for_escapes(weight, blockIdx.x * units + unit, [&](int row, int column) {
+                if (owner_of(row, column) != lane) return;
+                const float value = read(weight.codebook, zero);
+#pragma unroll
+                for (int n = 0; n < kN; ++n) {
+                    const float term = value * to_float(rows[n][unit * kUnitColumns + column]);
+                    sums[n][0] += row < 8 ? term : 0.0f;
+                    sums[n][1] += row < 8 ? 0.0f : term;
+                }
+            });
+        }
+    }
+
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float sum = sums[n][half];
+            sum += __shfl_xor_sync(kFullWarp, sum, 1);
+            sum += __shfl_xor_sync(kFullWarp, sum, 2);
+            if (lane % 4 == 0)
+                sums_of_warps[(warp * kN + n) * kUnitRows + half * 8 + lane / 4] = sum;
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < kN * kUnitRows) {
+        const int64_t n = n0 + threadIdx.x / kUnitRows;
+        const int64_t m = static_cast<int64_t>(blockIdx.x) * kUnitRows + threadIdx.x % kUnitRows;
+        float sum = 0.0f;
+        for (int w = 0; w < kWarps; ++w) sum += sums_of_warps[w * kN * kUnitRows + threadIdx.x];
+        if (n < args.out.N && m < args.out.M) add(args.out, blockIdx.y, n, m, sum);
+    }
+}
+
+constexpr int kAhead = 4;  // chunks of a lane on their way
+
+// A warp has a row; its lanes take turns along the chunks. x lies in shared memory with the zeros
+// that padding pairs point to, or, where it does not fit, is gathered through the L1 cache.
+template <int kWidth, int kN, class T, bool kSharedX>
+__global__ void __launch_bounds__(2 * kWarps * kWarp) direct_pairs(DirectArgs args) {
+    using Codebook = Table<kWidth>;
+    const DeviceWeight& weight = args.weight;
+    auto* const shared = reinterpret_cast<uint32_t*>(placekern_shared);
+    unsigned char* const shared_x = placekern_shared + Codebook::kBytes;
+    const int lane = threadIdx.x % kWarp;
+    const int warps = blockDim.x / kWarp;
+    const int64_t n0 = static_cast<int64_t>(blockIdx.z) * kN;
+    const int64_t m = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarp;
+    const int64_t slots = weight.windows() * kWindowSlots;
+    const T* rows[kN];
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+        rows[n] =
+            static_cast<const T*>(args.source.x) + min(n0 + n, args.out.N - 1) * args.source.stride;
+
+    Codebook::fill(shared, weight, -1, ExactBits());
+    if constexpr (kSharedX) {
+        // Eight or four elements at a time; a window of 248 is a multiple of both.
+        constexpr int kVector = sizeof(uint4) / sizeof(T);
+        for (int64_t slot = threadIdx.x * kVector; slot < slots; slot += blockDim.x * kVector) {
+            const int64_t column = slot / kWindowSlots * kPairsWindow + slot % kWindowSlots;
+            const bool inside = slot % kWindowSlots < kPairsWindow && column < weight.K;
+#pragma unroll
+            for (int n = 0; n < kN; ++n) {
+                *reinterpret_cast<uint4*>(shared_x + (n * slots + slot) * sizeof(T)) =
+                    inside ? __ldg(reinterpret_cast<const uint4*>(rows[n] + column))
+                           : make_uint4(0, 0, 0, 0);
+            }
+        }
+    }
+    __syncthreads();
+    if (m >= weight.M) return;  // whole warps; nothing below waits for the block
+    const Codebook table = Codebook::of(shared, lane);
+    const uint4* const chunks = reinterpret_cast<const uint4*>(weight.codes);
+    const uint8_t* const windows = weight.chunk_windows();
+    const int row_first = __ldg(weight.chunk_ptr() + m);
+    const int row_end = __ldg(weight.chunk_ptr() + m + 1);
+    const int per_split = (row_end - row_first + args.out.splits - 1) / args.out.splits;
+    const int first = row_first + per_split * static_cast<int>(blockIdx.y);
+    const int end = min(first + per_split, row_end);
+
+    float sums[kN] = {};
+    for (int begin = first; begin < end; begin += kAhead * kWarp) {
+        uint4 chunk[kAhead];
+        int window[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const int c = begin + i * kWarp + lane;
+            // Behind the end: eight times place 255, where x is zero, and code 0.
+            chunk[i] = c < end ? __ldcs(chunks + c) : make_uint4(~0u, ~0u, 0, 0);
+            window[i] = c < end ? __ldcs(windows + c) : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+            for (int j = 0; j < kChunk; ++j) {
+                const float value = __uint_as_float(table.of(chunk[i], j));
+                // A window's slots start on a power of two: union instead of addition.
+                constexpr int kLog = sizeof(T) == 4 ? 2 : 1;
+                const unsigned slot = scaled_chunk_byte<kLog>(chunk[i], j) |
+                                      static_cast<unsigned>(window[i]) * (kWindowSlots << kLog);
+                const int place = chunk_byte(chunk[i], j);
+#pragma unroll
+                for (int n = 0; n < kN; ++n) {
+                    if constexpr (kSharedX) {
+                        const unsigned char* const row = shared_x + n * slots * sizeof(T);
+                        sums[n] += value * to_float(*reinterpret_cast<const T*>(row + slot));
+                    } else if (place < kPairsWindow) {
+                        sums[n] += value * to_float(rows[n][window[i] * kPairsWindow + place]);
+                    }
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int step = kWarp / 2; step > 0; step /= 2)
+            sums[n] += __shfl_xor_sync(kFullWarp, sums[n], step);
+        if (lane == 0 && n0 + n < args.out.N) add(args.out, blockIdx.y, n0 + n, m, sums[n]);
+    }
+}
+
+template <int kWidth, int kN, class T>
+void launch_direct(const DirectArgs& args, const Queue& queue) {
+    const DeviceWeight& weight = args.weight;
+    const auto columns = static_cast<unsigned>((args.out.N + kN - 1) / kN);
+    const auto splits = static_cast<unsigned>(args.out.splits);
+    const auto run = [&](auto kernel, int64_t blocks, int threads, size_t shared) {
+        launch(queue, kernel, dim3(static_cast<unsigned>(blocks), splits, columns), threads, shared,
+               args, "linear, M = ", weight.M, ", K = ", weight.K, ", N = ", args.out.N);
+    };
+    if (weight.layout == Layout::kDense) {
+        constexpr size_t kSums = sizeof(float) * kWarps * kN * kUnitRows;
+        run(direct_dense<kWidth, kN, T>, weight.blocks(), kWarps * kWarp,
+            Table<kWidth>::kBytes + kSums);
+        return;
+    }
+    constexpr int kRows = 2 * kWarps;
+    const size_t shared = Table<kWidth>::kBytes + kN * weight.windows() * kWindowSlots * sizeof(T);
+    const int64_t blocks = (weight.M + kRows - 1) / kRows;
+    if (shared <= static_cast<size_t>(shared_limit(queue.device)))
+        run(direct_pairs<kWidth, kN, T, true>, blocks, kRows * kWarp, shared);
+    else
+        run(direct_pairs<kWidth, kN, T, false>, blocks, kRows * kWarp, Table<kWidth>::kBytes);
+}
+
+}  // namespace
+
+void direct(const DirectArgs& args, const Queue& queue) {
+    if (args.out.N == 0 || args.out.M == 0) return;
+    with_type(args.dtype, [&](auto type) {
+        using T = decltype(type);
+        if (args.weight.width() == 5)
+            args.out.N == 1 ? launch_direct<5, 1, T>(args, queue)
+                            : launch_direct<5, 2, T>(args, queue);
+        else
+            args.out.N == 1 ? launch_direct<8, 1, T>(args, queue)
+                            : launch_direct<8, 2, T>(args, queue);
+    });
+    finish(args.out, queue);
+}
+
+}  // namespace placekern::cuda

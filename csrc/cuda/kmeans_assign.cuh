@@ -1,0 +1,240 @@
+// What a block of kmeans_assign keeps in shared memory: tables to find the code of a point, and the
+// sums and counts of its points.
+//
+// The surprise: codes are exact though points find their boundaries by rounded arithmetic. Points
+// and boundaries go through the same map to buckets, and rounding keeps their order: a boundary in
+// an earlier bucket lies below the point, one in a later bucket does not, and only those in the
+// point's own bucket are compared with it.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "launch.cuh"
+
+namespace placekern::cuda::kmeans {
+
+constexpr int kMany = kMaxCodes;  // set in a table entry: the bucket holds several boundaries
+constexpr int kCopies = 16;       // of a count: lanes l and l + 16 share one
+
+// Dynamic shared memory, in bytes from its start:
+//   float [2][kMaxCodes]          boundaries, then infinity; twice, so that a table entry finds its
+//                                 boundary with kMany set or not
+//   uint8 [kMaxCodes]             which centroid a code stands for
+//   uint16 [buckets]              how many boundaries lie in earlier buckets; perhaps with kMany
+//   uint32 [count][kCopies]       counts of the block
+//   float [warps][count][kWarp]   sums of each lane, in a bank of its own: neither atomics nor
+//                                 conflicts
+struct Shared {
+    int count, buckets;
+
+    __host__ __device__ static int order() { return 2 * kMaxCodes * sizeof(float); }
+    __host__ __device__ static int table() { return order() + kMaxCodes; }
+    __host__ __device__ int counts() const { return table() + buckets * sizeof(uint16_t); }
+    __host__ __device__ int sums() const { return counts() + count * kCopies * sizeof(uint32_t); }
+    __host__ __device__ int warp_sums() const { return count * kWarp * sizeof(float); }
+};
+
+template <class T>
+__device__ __forceinline__ T& shared_at(int byte) {
+    return *reinterpret_cast<T*>(placekern_shared + byte);
+}
+
+// Hides from the compiler what a value was made of. It would take addresses apart, and put them
+// together in three steps a point instead of one.
+__device__ __forceinline__ int whole(int value) {
+    asm("" : "+r"(value));
+    return value;
+}
+
+// Points to buckets, never falling; NaN goes to bucket 0.
+struct Map {
+    float scale = 0.0f, offset = 0.0f, last;
+
+    // A point's place, from 0 to 1, is multiplied by a last bucket so small that its bits are its
+    // number: the product is a whole number of the smallest floats, and needs no conversion.
+    __device__ Map(int count, int buckets) {
+        last = __int_as_float(buckets - 1);
+        if (count < 3) return;  // one bucket for all
+        const float low = fmaxf(shared_at<float>(0), -FLT_MAX);
+        const float high = fminf(shared_at<float>((count - 2) * sizeof(float)), FLT_MAX);
+        if (!(low < high)) return;
+        scale = fminf(0.5f / (0.5f * high - 0.5f * low), FLT_MAX);  // high - low may overflow
+        offset = fmaxf(fminf(-low * scale, FLT_MAX), -FLT_MAX);
+    }
+
+    __device__ __forceinline__ int bucket(float x) const {
+        const float place = fminf(fmaxf(fmaf(x, scale, offset), 0.0f), 1.0f);  // one FFMA.SAT
+        return __float_as_int(place * last);
+    }
+};
+
+// The code of a point by binary search among the boundaries of its bucket. A function of its own:
+// sixteen copies of it in the loop over the tiles would fill the instruction cache.
+__device__ __noinline__ inline int search_bucket(float x, int bucket, int buckets, int count) {
+    const float* boundaries = &shared_at<float>(0);
+    const uint16_t* table = &shared_at<uint16_t>(Shared::table());
+    int low = table[bucket] % kMaxCodes;
+    if (!(x > boundaries[low])) return low;  // most often, when a boundary is repeated
+    int high = bucket + 1 < buckets ? table[bucket + 1] % kMaxCodes : count - 1;
+    ++low;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (x > boundaries[middle])
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+class Search {
+  public:
+    // Fills the tables of a block from boundaries [kMaxCodes] and order [kMaxCodes].
+    __device__ Search(const float* boundaries, const uint8_t* order, int count, int buckets)
+        : count_(count),
+          buckets_(buckets),
+          moved_(copy(boundaries, order, count)),
+          map_(count, buckets) {
+        const int lane = threadIdx.x % kWarp;
+        uint16_t* table = &shared_at<uint16_t>(Shared::table());
+        for (int i = threadIdx.x / kWarp; i < count; i += blockDim.x / kWarp) {
+            // Boundary i is the first not yet passed in the buckets behind boundary i - 1's.
+            const int first = i == 0 ? 0 : map_.bucket(boundary(i - 1)) + 1;
+            const int last = i < count - 1 ? map_.bucket(boundary(i)) : buckets - 1;
+            const bool many = i < count - 2 && map_.bucket(boundary(i + 1)) == last;
+            for (int bucket = first + lane; bucket <= last; bucket += kWarp)
+                table[bucket] = static_cast<uint16_t>(many && bucket == last ? i + kMany : i);
+        }
+        __syncthreads();
+    }
+
+    // The code of a point, or a number with kMany set when its bucket holds several boundaries.
+    __device__ __forceinline__ int guess(float x) const {
+        const int code = (&shared_at<uint16_t>(Shared::table()))[map_.bucket(x)];
+        return x > boundary(code) ? code + 1 : code;
+    }
+
+    __device__ __forceinline__ int finish(int guess, float x) const {
+        return guess & kMany ? search_bucket(x, map_.bucket(x), buckets_, count_) : guess;
+    }
+
+    // Whether the centroids are in another order than codes; the same in all threads.
+    __device__ bool moved() const { return moved_; }
+    __device__ __forceinline__ int centroid(int code) const {
+        return shared_at<uint8_t>(Shared::order() + code);
+    }
+
+    // The larger of the outer boundaries, without their signs.
+    __device__ float largest() const {
+        return count_ < 2 ? 0.0f : fmaxf(fabsf(boundary(0)), fabsf(boundary(count_ - 2)));
+    }
+
+  private:
+    __device__ __forceinline__ static float boundary(int i) { return (&shared_at<float>(0))[i]; }
+
+    __device__ static bool copy(const float* boundaries, const uint8_t* order, int count) {
+        for (int i = threadIdx.x; i < 2 * kMaxCodes; i += blockDim.x)
+            (&shared_at<float>(0))[i] = boundaries[i % kMaxCodes];
+        bool moved = false;
+        for (int c = threadIdx.x % kWarp; c < count; c += kWarp) moved = moved || order[c] != c;
+        for (int c = threadIdx.x; c < count; c += blockDim.x)
+            shared_at<uint8_t>(Shared::order() + c) = order[c];
+        __syncthreads();
+        return __any_sync(kFullWarp, moved);
+    }
+
+    int count_, buckets_;
+    bool moved_;
+    Map map_;
+};
+
+// Sums and counts of the points of a warp. The float32 sums move to float64 every `flush_tiles()`
+// tiles of 16 points a lane: none is of more than 4,096 points, and a flush, that reads `count` of
+// them a lane, costs at most a sixteenth of a read per point.
+class Bins {
+  public:
+    // `largest`: a size that points have.
+    __device__ Bins(const Shared& shared, float largest)
+        : count_(shared.count),
+          // Room for 4,096 of the largest floats; else every bit down to the smallest.
+          unit_(largest >= 0x1p64f ? 0x1p-13f : 1.0f),
+          flushed_(false) {
+        const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+        sums_ = &shared_at<float>(
+            whole(shared.sums() + warp * shared.warp_sums() + lane * sizeof(float)));
+        counts_ = &shared_at<uint32_t>(whole(shared.counts() + lane % kCopies * sizeof(uint32_t)));
+        for (int c = 0; c < count_; ++c) sums_[c * kWarp] = 0.0f;
+        for (int i = threadIdx.x; i < count_ * kCopies; i += blockDim.x)
+            (&shared_at<uint32_t>(shared.counts()))[i] = 0;
+        __syncthreads();
+    }
+
+    __device__ int flush_tiles() const { return count_ > 16 ? count_ : 16; }
+
+    __device__ __forceinline__ void add(int code, float x) {
+        sums_[code * kWarp] += x * unit_;
+        atomicAdd(counts_ + code * kCopies, 1u);
+    }
+
+    // Four points with one wait for shared memory: of equal codes, a later point goes on from an
+    // earlier one's sum, and the last store holds all.
+    __device__ __forceinline__ void add(const int (&c)[4], const float (&x)[4]) {
+        float sums[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[i] = sums_[c[i] * kWarp];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float from = sums[i];
+#pragma unroll
+            for (int j = 0; j < i; ++j) from = c[j] == c[i] ? sums[j] : from;
+            sums[i] = from + x[i] * unit_;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            sums_[c[i] * kWarp] = sums[i];
+            atomicAdd(counts_ + c[i] * kCopies, 1u);
+        }
+    }
+
+    // Adds the sums of a warp's lanes to its row and clears them.
+    __device__ void flush(double* row) {
+        const int lane = threadIdx.x % kWarp;
+        float* sums = sums_ - lane;
+        __syncwarp();
+        for (int c = lane; c < count_; c += kWarp) {
+            double total = 0.0;
+#pragma unroll 4
+            for (int i = 0; i < kWarp; ++i) {  // 32 lanes in 32 banks
+                float& sum = sums[c * kWarp + (i + lane) % kWarp];
+                total += sum;
+                sum = 0.0f;
+            }
+            total *= unit_ < 1.0f ? 0x1p13 : 1.0;
+            row[c] = flushed_ ? row[c] + total : total;
+        }
+        flushed_ = true;
+        __syncwarp();
+    }
+
+    // Writes the counts of the block to its row.
+    __device__ void write_counts(int64_t* row) const {
+        const int lane = threadIdx.x % kWarp;
+        const uint32_t* counts = counts_ - lane % kCopies;
+        __syncthreads();
+        for (int c = threadIdx.x; c < count_; c += blockDim.x) {
+            int64_t total = 0;
+            for (int i = 0; i < kCopies; ++i) total += counts[c * kCopies + (i + lane) % kCopies];
+            row[c] = total;
+        }
+    }
+
+  private:
+    int count_;
+    float unit_;
+    bool flushed_;
+    float* sums_;       // of the lane, kWarp apart
+    uint32_t* counts_;  // of the lane, kCopies apart
+};
+
+}  // namespace placekern::cuda::kmeans

@@ -1,0 +1,72 @@
+// Launching on the caller's device and stream; a launch that fails throws with its sizes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../check.h"
+#include "args.h"
+
+// PK_CUDA_CHECK(cudaGetLastError(), "linear launch, M = ", M, ", N = ", N);
+#define PK_CUDA_CHECK(call, ...)                                                   \
+    do {                                                                           \
+        const cudaError_t status = (call);                                         \
+        if (status != cudaSuccess)                                                 \
+            throw std::runtime_error(                                              \
+                ::placekern::join(__VA_ARGS__, ": ", cudaGetErrorString(status))); \
+    } while (0)
+
+// Dynamic shared memory of every kernel; each casts it to what it keeps there.
+extern __shared__ __align__(16) unsigned char placekern_shared[];
+
+namespace placekern::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Makes a device the current one for a scope.
+class DeviceScope {
+  public:
+    explicit DeviceScope(int device) {
+        PK_CUDA_CHECK(cudaGetDevice(&previous_), "cudaGetDevice");
+        PK_CUDA_CHECK(cudaSetDevice(device), "cudaSetDevice(", device, ")");
+    }
+    ~DeviceScope() { cudaSetDevice(previous_); }
+    DeviceScope(const DeviceScope&) = delete;
+    DeviceScope& operator=(const DeviceScope&) = delete;
+
+  private:
+    int previous_ = 0;
+};
+
+// Runs `kernel(args)` on grid x threads with `shared` bytes of dynamic shared memory. The words
+// behind it are for the message: what was launched, with which sizes.
+template <class Args, class... Words>
+void launch(const Queue& queue, void (*kernel)(Args), dim3 grid, int threads, size_t shared,
+            const Args& args, const Words&... words) {
+    const DeviceScope scope(queue.device);
+    if (shared > 48 * 1024) {  // more than a kernel may take unasked
+        PK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared)),
+                      words..., ", ", shared, " bytes of shared memory");
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = reinterpret_cast<cudaStream_t>(queue.stream);
+    PK_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args), words..., ", grid ", grid.x, " x ",
+                  grid.y, " x ", grid.z, " of ", threads, " threads");
+    PK_CUDA_CHECK(cudaGetLastError(), words...);
+}
+
+// Bytes of shared memory that a block may take on a device, when it asks for them.
+inline int shared_limit(int device) {
+    int bytes = 0;
+    PK_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                  "shared memory of device ", device);
+    return bytes;
+}
+
+}  // namespace placekern::cuda

@@ -1,0 +1,120 @@
+// The bytes of a weight in GPU memory, as placekern/device_packing.py writes them.
+// The surprise: no code means zero. In the dense layout the rarest code stands for "pruned", and
+// the entries that really have it are listed apart ("escapes"), so all 2^bits centroids are kept.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "args.h"
+
+namespace placekern::cuda {
+
+constexpr int kUnitCodes = 32;     // of a lane: 16 columns of row g, then of row g + 8
+constexpr int kChunk = 8;          // pairs of one row and window, in 16 bytes
+constexpr int kWindowSlots = 256;  // places 248 to 255 mean "no entry"; x has zeros there
+
+// Dense: the code that means "pruned".
+__device__ inline int zero_code(const DeviceWeight& weight) {
+    return reinterpret_cast<const int*>(weight.positions)[0];
+}
+
+// Dense: whether any entry has that code.
+__device__ inline bool has_escapes(const DeviceWeight& weight) {
+    return weight.escape_ptr()[weight.blocks() * weight.units()] > 0;
+}
+
+// Byte c (0 to 15) of a chunk, places first: c < 8 the place of pair c, else the code of pair c -
+// 8. `c` is a constant once its loop is unrolled.
+__host__ __device__ __forceinline__ unsigned chunk_byte(const uint4& chunk, int c) {
+    const uint32_t word = c < 4 ? chunk.x : c < 8 ? chunk.y : c < 12 ? chunk.z : chunk.w;
+    return word >> (8 * (c % 4)) & 0xff;
+}
+
+// chunk_byte times 2^kLog: a shift and a mask, as for the byte alone.
+template <int kLog>
+__host__ __device__ __forceinline__ unsigned scaled_chunk_byte(const uint4& chunk, int c) {
+    const uint32_t word = c < 4 ? chunk.x : c < 8 ? chunk.y : c < 12 ? chunk.z : chunk.w;
+    const int shift = 8 * (c % 4) - kLog;
+    return (shift < 0 ? word << -shift : word >> shift) & 0xffu << kLog;
+}
+
+// The codes that a lane owns in a unit of the dense layout: a string of 32 codes, little-endian.
+template <int kWidth>
+struct UnitCodes {
+    uint32_t word[kWidth];
+
+    // Code j, 0 to 31: column 16 q + j % 16 of row g + 8 (j / 16), for lane 4 g + q. `j` is a
+    // constant once its loop is unrolled.
+    __host__ __device__ __forceinline__ unsigned operator[](int j) const { return scaled<0>(j); }
+
+    // Code j times 2^kLog: a shift and a mask, as for the code alone.
+    template <int kLog>
+    __host__ __device__ __forceinline__ unsigned scaled(int j) const {
+        constexpr unsigned kMask = ((1u << kWidth) - 1) << kLog;
+        const int at = j * kWidth / 32;
+        const int shift = j * kWidth % 32;
+        if (shift + kWidth > 32) {  // it straddles two words
+            const uint32_t low = word[at] >> shift;
+            const uint32_t high = word[at + 1 < kWidth ? at + 1 : at] << (32 - shift);
+            return (low | high) << kLog & kMask;
+        }
+        return (shift < kLog ? word[at] << (kLog - shift) : word[at] >> (shift - kLog)) & kMask;
+    }
+};
+
+// Bytes of a unit.
+template <int kWidth>
+constexpr int kUnitBytes = 128 * kWidth;
+
+// Where word w of a lane lies in its unit, in words: four of a lane side by side for one 16-byte
+// load; what is left over of the width lies word by word.
+template <int kWidth>
+__host__ __device__ __forceinline__ int word_place(int lane, int w) {
+    constexpr int kQuads = kWidth / 4;
+    return w < 4 * kQuads ? (w / 4 * 32 + lane) * 4 + w % 4
+                          : kQuads * 128 + (w - 4 * kQuads) * 32 + lane;
+}
+
+// Reads a lane's codes of the unit that starts at `unit`; weights are read once, so the loads ask
+// to be dropped from the caches first.
+template <int kWidth>
+__device__ __forceinline__ UnitCodes<kWidth> load_codes(const uint8_t* unit, int lane) {
+    UnitCodes<kWidth> codes;
+    const auto* words = reinterpret_cast<const uint32_t*>(unit);
+#pragma unroll
+    for (int w = 0; w < kWidth / 4 * 4; w += 4) {
+        const uint4 four =
+            __ldcs(reinterpret_cast<const uint4*>(words + word_place<kWidth>(lane, w)));
+        codes.word[w] = four.x;
+        codes.word[w + 1] = four.y;
+        codes.word[w + 2] = four.z;
+        codes.word[w + 3] = four.w;
+    }
+#pragma unroll
+    for (int w = kWidth / 4 * 4; w < kWidth; ++w)
+        codes.word[w] = __ldcs(words + word_place<kWidth>(lane, w));
+    return codes;
+}
+
+// Calls f(row, column) for each escape of unit `unit`, the same in every lane of a warp.
+template <class F>
+__device__ __forceinline__ void for_escapes(const DeviceWeight& weight, int64_t unit, F f) {
+    const int end = __ldg(weight.escape_ptr() + unit + 1);
+#pragma unroll 1
+    for (int e = __ldg(weight.escape_ptr() + unit); e < end; ++e) {
+        const int place = __ldg(weight.escapes() + e);
+        f(place / kUnitColumns, place % kUnitColumns);
+    }
+}
+
+// The lane that owns an element of a unit, and which of its 32.
+__host__ __device__ __forceinline__ int owner_of(int row, int column) {
+    return row % 8 * 4 + column / 16;
+}
+__host__ __device__ __forceinline__ int element_of(int row, int column) {
+    return row / 8 * 16 + column % 16;
+}
+
+}  // namespace placekern::cuda

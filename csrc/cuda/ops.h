@@ -1,0 +1,33 @@
+// The ops that the bindings call. All run on the caller's device and stream, allocate nothing, wait
+// for nothing, and throw with the sizes when a launch fails.
+#pragma once
+
+#include "args.h"
+
+namespace placekern::cuda {
+
+struct Properties {
+    int multiprocessors;
+    int shared_memory;  // bytes that a block may take
+    int capability;     // 10 * major + minor
+};
+
+// Number of devices; 0 on a machine without a GPU or without its driver.
+int device_count();
+
+Properties properties(int device);
+
+void direct(const DirectArgs& args, const Queue& queue);
+
+// Needs compute capability 8.0; 7.5 for float16.
+void matmul(const MatmulArgs& args, const Queue& queue);
+
+// Whether the tiles of a product fit into the shared memory of a device.
+bool matmul_fits(const MatmulArgs& args, int device);
+
+void decode(const DecodeArgs& args, const Queue& queue);
+
+// Adds the partial sums in the order of their split, then bias and ReLU; nothing without splits.
+void finish(const Output& out, const Queue& queue);
+
+}  // namespace placekern::cuda

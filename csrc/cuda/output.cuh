@@ -1,0 +1,33 @@
+// Where results go: straight to y with bias and ReLU, or, where several blocks share the columns of
+// the weight, to partial sums that `finish` adds in a fixed order. No atomics: the result does not
+// depend on which block ends first.
+#pragma once
+
+#include "number.cuh"
+
+namespace placekern::cuda {
+
+// Whether neighbouring rows of the weight are neighbours in y; else pixels are.
+__device__ inline bool rows_together(const Output& out) { return out.row_stride == 1; }
+
+// y[n, m] = sum + bias, then ReLU.
+__device__ inline void store(const Output& out, int64_t n, int64_t m, float sum) {
+    const int64_t image = out.pixels == 1 ? n : n / out.pixels;
+    const int64_t place =
+        image * out.image_stride + (n - image * out.pixels) * out.pixel_stride + m * out.row_stride;
+    if (out.bias.data) sum += read(out.bias, m);
+    // Not fmaxf: a NaN must come through.
+    write(out.y, place, out.relu && sum < 0.0f ? 0.0f : sum);
+}
+
+// Takes the sum that split `split` has for n < N, m < M.
+__device__ inline void add(const Output& out, int split, int64_t n, int64_t m, float sum) {
+    if (out.splits == 1)
+        store(out, n, m, sum);
+    else if (rows_together(out))
+        out.partial[(split * out.N + n) * out.M + m] = sum;
+    else
+        out.partial[(split * out.M + m) * out.N + n] = sum;
+}
+
+}  // namespace placekern::cuda

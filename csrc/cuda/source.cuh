@@ -1,0 +1,131 @@
+// The columns that a weight is multiplied with, read a tile at a time: rows of a matrix, or the
+// windows that a convolution sees of an image, gathered where they lie (no im2col array exists).
+// In a tile a column of the product is a row of memory; its 64 (256) elements are padded so that
+// the 16-byte reads of eight lanes fall into different banks.
+#pragma once
+
+#include "args.h"
+#include "instructions.cuh"
+#include "number.cuh"
+
+namespace placekern::cuda {
+
+// Where element `column` of a unit of 64 lies in its padded row. Lane q reads 16 neighbours by
+// 16-byte loads; those of 16-bit numbers meet no bank conflict, those of floats do unless the
+// loads of the four lanes lie side by side.
+template <class T>
+__host__ __device__ constexpr int tile_place(int column) {
+    if constexpr (sizeof(T) == 2) return column;
+    return column / 64 * 64 + column % 16 / 4 * 16 + column % 64 / 16 * 4 + column % 4;
+}
+
+// Elements from one row of a tile of `columns` to the next.
+template <class T>
+__host__ __device__ constexpr int tile_stride(int columns) {
+    return columns + (sizeof(T) == 2 ? 8 : 16);
+}
+
+// A lane's 16 neighbours of a row of a tile, as they lie in registers; word 2 s, 2 s + 1 are what
+// step s of a product takes.
+template <class T>
+struct Sixteen {
+    static constexpr int kVectors = 16 * sizeof(T) / sizeof(uint4);
+    uint32_t word[4 * kVectors];
+
+    __device__ __forceinline__ void load(const T* row, int unit, int q) {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            const int place = tile_place<T>(unit * 64 + q * 16 + v * 16 / kVectors);
+            const uint4 four = *reinterpret_cast<const uint4*>(row + place);
+            word[4 * v] = four.x;
+            word[4 * v + 1] = four.y;
+            word[4 * v + 2] = four.z;
+            word[4 * v + 3] = four.w;
+        }
+    }
+};
+
+// What an element k of an image's column adds to the address of its pixel.
+struct Tap {
+    int offset;
+    short dy, dx;
+};
+
+// Fills taps [count] for the elements first, first + 1, ... by all threads of a block; those at or
+// behind K lie outside every image. The caller synchronises.
+__device__ inline void fill_taps(Tap* taps, int count, int64_t first, int64_t K,
+                                 const Source& source) {
+    const ConvShape& s = source.shape;
+    const int kernel = static_cast<int>(s.kernel_h * s.kernel_w);
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        const int k = static_cast<int>(first) + i;
+        const int c = k / kernel;
+        const int dy = k % kernel / static_cast<int>(s.kernel_w) * static_cast<int>(s.dilation_h);
+        const int dx = k % static_cast<int>(s.kernel_w) * static_cast<int>(s.dilation_w);
+        taps[i].offset = c * source.stride_c + dy * source.stride_h + dx * source.stride_w;
+        taps[i].dy = static_cast<short>(k < K ? dy : 0x7fff);
+        taps[i].dx = static_cast<short>(dx);
+    }
+}
+
+// The first tap of an output pixel.
+struct Pixel {
+    int base, y, x;
+    bool inside;
+
+    __device__ static Pixel of(int64_t n, int64_t N, const Source& source) {
+        const ConvShape& s = source.shape;
+        const int out_w = static_cast<int>(s.out_width);
+        const int out_size = static_cast<int>(s.out_height) * out_w;
+        const int at = static_cast<int>(n < N ? n : 0);
+        const int image = at / out_size;
+        Pixel pixel;
+        pixel.y =
+            at % out_size / out_w * static_cast<int>(s.stride_h) - static_cast<int>(s.padding_top);
+        pixel.x = at % out_w * static_cast<int>(s.stride_w) - static_cast<int>(s.padding_left);
+        pixel.base =
+            image * source.stride_n + pixel.y * source.stride_h + pixel.x * source.stride_w;
+        pixel.inside = n < N;
+        return pixel;
+    }
+
+    template <class T>
+    __device__ __forceinline__ T at(const Tap& tap, const Source& source) const {
+        const bool real = inside && static_cast<unsigned>(y + tap.dy) < source.shape.height &&
+                          static_cast<unsigned>(x + tap.dx) < source.shape.width;
+        return real ? static_cast<const T*>(source.x)[base + tap.offset] : from_float<T>(0.0f);
+    }
+};
+
+// Starts filling tile [kColumns, tile_stride] with elements first_k .. first_k + slots - 1 of
+// columns n0 .. n0 + kColumns - 1, by all threads of a block. `real` of the slots are elements,
+// the rest zeros. Complete after wait_for_copies() and a barrier. `taps`: of the slots, for images.
+template <int kColumns, class T>
+__device__ __forceinline__ void fill_tile(T* tile, const Source& source, const Tap* taps,
+                                          int64_t n0, int64_t N, int64_t first_k, int64_t K,
+                                          int slots, int real) {
+    const int stride = slots + (tile_stride<T>(0));
+    if (!source.image) {
+        constexpr int kVector = sizeof(uint4) / sizeof(T);
+        const int vectors = slots / kVector;
+        for (int i = threadIdx.x; i < kColumns * vectors; i += blockDim.x) {
+            const int n = i / vectors;
+            const int slot = i % vectors * kVector;
+            const int64_t k = first_k + slot;
+            const bool inside = n0 + n < N && slot < real && k < K;
+            const T* from = static_cast<const T*>(source.x) +
+                            (inside ? (n0 + n) * source.stride + k : int64_t{0});
+            copy_async(tile + n * stride + tile_place<T>(slot), from, inside);
+        }
+        return;
+    }
+    // Neighbouring threads take neighbouring pixels, which lie together in an image.
+    const int n = threadIdx.x % kColumns;
+    const Pixel pixel = Pixel::of(n0 + n, N, source);
+    for (int slot = threadIdx.x / kColumns; slot < slots; slot += blockDim.x / kColumns) {
+        tile[n * stride + tile_place<T>(slot)] =
+            slot < real ? pixel.at<T>(taps[slot], source) : from_float<T>(0.0f);
+    }
+}
+
+}  // namespace placekern::cuda

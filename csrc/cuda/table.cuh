@@ -1,0 +1,62 @@
+// The codebook in shared memory, laid out so that no two lanes ever wait for each other.
+// 256 entries are kept 32 times, once for each bank: lane l reads copy l. 32 entries are one row of
+// banks, where equal codes are a broadcast, and need no copies.
+#pragma once
+
+#include "launch.cuh"
+#include "layout.cuh"
+#include "number.cuh"
+
+namespace placekern::cuda {
+
+template <int kWidth>
+struct Table {
+    static constexpr int kEntries = 1 << kWidth;
+    static constexpr int kCopies = kWidth == 8 ? 32 : 1;
+    static constexpr int kBytes = kEntries * kCopies * 4;
+
+    static constexpr int kLog = kWidth == 8 ? 7 : 2;  // of the bytes from one entry to the next
+
+    const unsigned char* entries;
+    unsigned copy;  // bytes to this lane's
+
+    __device__ __forceinline__ uint32_t operator[](unsigned code) const { return at(code << kLog); }
+
+    // The value of a lane's code j of a unit.
+    __device__ __forceinline__ uint32_t of(const UnitCodes<kWidth>& codes, int j) const {
+        return at(codes.template scaled<kLog>(j));
+    }
+
+    // The value of pair j of a chunk.
+    __device__ __forceinline__ uint32_t of(const uint4& chunk, int j) const {
+        return at(scaled_chunk_byte<kLog>(chunk, kChunk + j));
+    }
+
+    // Or, not plus: a mask and a union are one instruction.
+    __device__ __forceinline__ uint32_t at(unsigned offset) const {
+        return *reinterpret_cast<const uint32_t*>(entries + (offset | copy));
+    }
+
+    // Fills kBytes of shared memory with bits(value) of each entry, 0 for code `zero` and behind
+    // the codebook; by all threads of a block. The caller synchronises.
+    template <class F>
+    __device__ static void fill(uint32_t* shared, const DeviceWeight& weight, int zero, F bits) {
+        for (int i = threadIdx.x; i < kEntries * kCopies; i += blockDim.x) {
+            const int code = i / kCopies;
+            const bool real = code < 1 << weight.bits && code != zero;
+            shared[i] = bits(real ? read(weight.codebook, code) : 0.0f);
+        }
+    }
+
+    __device__ static Table of(const uint32_t* shared, int lane) {
+        return {reinterpret_cast<const unsigned char*>(shared),
+                kCopies == 1 ? 0u : static_cast<unsigned>(4 * lane)};
+    }
+};
+
+// What a table holds: float32 as it is, TF32 rounded, 16-bit numbers in the low half of a word.
+struct ExactBits {
+    __device__ uint32_t operator()(float value) const { return __float_as_uint(value); }
+};
+
+}  // namespace placekern::cuda

@@ -1,0 +1,293 @@
+"""The ops on weights in a GPU layout: which kernel serves which sizes, and its scratch memory.
+
+A layer follows the number of columns it is multiplied with. Up to two: straight from the codes, in
+float32. Up to some hundred: decoded on the way to the tensor cores. More: slices of the dense
+weight are written to a bounded scratch tensor, and the dense library multiplies.
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _native
+from .packing import Layout
+
+SCRATCH_BYTES = 32 << 20
+"""The largest slice of a decoded weight."""
+
+_DIRECT_COLUMNS = 2
+_EXACT_COLUMNS = 8  # float32 without TF32: beyond this the dense library is quicker
+_MATMUL_COLUMNS = 64
+_MATMUL_PIXELS = 512  # of a convolution
+
+
+def linear(weight: _native.Weight, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """y [N, M] in x's dtype, from x [N, K]: float32, float16 or bfloat16.
+
+    Raises:
+        NotImplementedError: x is float64.
+        RuntimeError: a launch failed; the message has its sizes.
+    """
+    check("linear", x)
+    N = x.shape[0]
+    y = x.new_empty(N, weight.M)
+    way = _native.way()
+    tensor_cores = has_tensor_cores(x, _tf32_matmul())
+    direct_columns = _DIRECT_COLUMNS if tensor_cores else _EXACT_COLUMNS
+    direct = direct_columns >= N
+    if way != "decode" and (direct or (way == "direct" and not tensor_cores)):
+        source = _rows(x)
+        out = _output_rows(weight, y, bias, relu, _direct_splits(weight, x))
+        _native.device_direct(weight, source, out)
+        return y
+    if way != "decode" and tensor_cores and (N <= _MATMUL_COLUMNS or way == "direct"):
+        source = _rows(x)
+        out = _output_rows(weight, y, bias, relu, _matmul_splits(weight, x, N))
+        if _native.device_matmul_fits(weight, source, out):
+            _native.device_matmul(weight, source, out)
+            return y
+    for first, dense in slices(weight, x):
+        part = slice(first, first + dense.shape[0])
+        offset = None if bias is None else bias[part].to(x.dtype)
+        result = F.linear(x, dense, offset)
+        if dense.shape[0] == weight.M:
+            y = result
+        else:
+            y[:, part] = result
+    return y.relu_() if relu else y
+
+
+def conv2d(
+    weight: _native.Weight,
+    shape: dict[str, int],
+    padding: list[int],
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    relu: bool,
+) -> None:
+    """Fills y [batch, M, out_h, out_w] from x [batch, C, h, w], of x's dtype; any strides.
+
+    Args:
+        weight: [M, C / groups * kernel_h * kernel_w].
+        shape: the fields of ConvShape.
+        padding: (top, bottom, left, right) in pixels.
+        x: float32, float16 or bfloat16.
+        bias: floating [M] or None.
+        y: float32, float16 or bfloat16, as x.
+        relu: applies ReLU.
+
+    Raises:
+        NotImplementedError: x is float64.
+        RuntimeError: a launch failed; the message has its sizes.
+    """
+    check("conv2d", x)
+    way = _native.way()
+    N = shape["batch"] * shape["out_height"] * shape["out_width"]
+    small = N <= _MATMUL_PIXELS or way == "direct"
+    tensor_cores = has_tensor_cores(x, _tf32_conv())
+    if way != "decode" and small and shape["groups"] == 1 and tensor_cores and _addressable(x):
+        source = _native.Source(x, shape=shape)
+        splits = _matmul_splits(weight, x, N)
+        while splits <= _steps(weight):
+            out = _output_image(weight, shape, y, bias, relu, splits)
+            if _native.device_matmul_fits(weight, source, out):
+                _native.device_matmul(weight, source, out)
+                return
+            splits *= 2
+    _conv2d_by_slices(weight, shape, padding, x, bias, y)
+    if relu:
+        y.relu_()
+
+
+def _conv2d_by_slices(
+    weight: _native.Weight,
+    shape: dict[str, int],
+    padding: list[int],
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    image, even_padding = padded(x, padding)
+    kernel = (shape["channels"], shape["kernel_h"], shape["kernel_w"])
+    steps = (
+        (shape["stride_h"], shape["stride_w"]),
+        even_padding,
+        (shape["dilation_h"], shape["dilation_w"]),
+    )
+    for channels, rows, dense, groups in group_slices(weight, shape, x):
+        offset = None if bias is None else bias[rows].to(x.dtype)
+        dense = dense.view(-1, *kernel)
+        y[:, rows] = F.conv2d(image[:, channels], dense, offset, *steps, groups)
+
+
+def padded(x: Tensor, padding: list[int]) -> tuple[Tensor, tuple[int, int]]:
+    """x and the padding left for a convolution to do: (0, 0) where the sides differ."""
+    top, bottom, left, right = padding
+    if top == bottom and left == right:
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom)), (0, 0)
+
+
+def group_slices(
+    weight: _native.Weight, shape: dict[str, int], x: Tensor
+) -> Iterator[tuple[slice, slice, Tensor, int]]:
+    """Decoded slices of a convolution: channels of x, rows of the weight, the slice, its groups.
+
+    A slice is the whole weight with all its groups, or some rows of one group.
+    """
+    per_group = weight.M // shape["groups"]
+    for first, dense in slices(weight, x):
+        if dense.shape[0] == weight.M:
+            yield slice(None), slice(None), dense, shape["groups"]
+            return
+        last = first + dense.shape[0]
+        start = first
+        while start < last:  # a slice may hold the end of one group and the start of the next
+            group = start // per_group
+            stop = min(last, (group + 1) * per_group)
+            channels = slice(group * shape["channels"], (group + 1) * shape["channels"])
+            yield channels, slice(start, stop), dense[start - first : stop - first], 1
+            start = stop
+
+
+def slices(weight: _native.Weight, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The dense weight in slices of rows: (first row, [rows, K] in x's dtype), one at a time."""
+    per_row = max(weight.K, 1) * x.element_size()
+    rows = max(16, SCRATCH_BYTES // per_row // 16 * 16)
+    for first in range(0, weight.M, rows):
+        size = (min(rows, weight.M - first), weight.K)
+        dense = x.new_zeros(size) if weight.layout == Layout.PAIRS else x.new_empty(size)
+        _native.device_decode(weight, first, dense)
+        yield first, dense
+
+
+def check(op: str, x: Tensor) -> None:
+    """Refuses what no CUDA kernel computes.
+
+    Raises:
+        NotImplementedError: x is float64.
+        RuntimeError: placekern was built without CUDA.
+    """
+    if x.dtype == torch.float64:
+        raise NotImplementedError(f"{op}: float64 runs on the CPU only; use float32 on CUDA")
+    if not _native.has_cuda():
+        raise RuntimeError(
+            f"{op} on a CUDA device, but placekern was built without CUDA; "
+            "reinstall it with PLACEKERN_CUDA=on, or move the tensors to the CPU"
+        )
+
+
+def has_tensor_cores(x: Tensor, tf32: bool) -> bool:
+    """Whether the device multiplies x's dtype on tensor cores (float32: as TF32, when allowed)."""
+    capability = _native.device_properties(_native.device_index(x)).capability
+    if x.dtype == torch.float16:
+        return capability >= 75
+    return capability >= 80 and (x.dtype == torch.bfloat16 or tf32)
+
+
+def _tf32_matmul() -> bool:
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
+def _tf32_conv() -> bool:
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if hasattr(conv, "fp32_precision"):
+        return conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32
+
+
+def _rows(x: Tensor) -> _native.Source:
+    """x [N, K] with rows on 16 bytes and zeros up to a multiple of 64; as it is where it can be."""
+    K = x.shape[1]
+    if K % 64 or not x.is_contiguous() or not _native.on_16_bytes(x):
+        x = F.pad(x, (0, -K % 64)) if K % 64 else x.clone(memory_format=torch.contiguous_format)
+    return _native.Source(x, max(x.shape[1], 64))
+
+
+def _addressable(x: Tensor) -> bool:
+    """Whether int32 offsets reach every element."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return reach < 1 << 31
+
+
+def _output_rows(
+    weight: _native.Weight, y: Tensor, bias: Tensor | None, relu: bool, splits: int
+) -> _native.Output:
+    N = y.shape[0]
+    partial = _partial(y, splits, N * weight.M)
+    return _native.Output(
+        y, _contiguous(bias), relu, weight.M, N, 1, weight.M, 0, 1, partial, splits
+    )
+
+
+def _output_image(
+    weight: _native.Weight,
+    shape: dict[str, int],
+    y: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    splits: int,
+) -> _native.Output:
+    # y is contiguous or channels_last, so its pixels are a constant stride apart.
+    pixels = shape["out_height"] * shape["out_width"]
+    N = shape["batch"] * pixels
+    image_stride, row_stride = pixels * weight.M, y.stride(1)
+    pixel_stride = 1 if row_stride != 1 else weight.M
+    if weight.M == 1 or pixels == 1:  # strides of a dimension of size 1 say nothing
+        row_stride, pixel_stride = (1, 1) if weight.M == 1 else (1, weight.M)
+    partial = _partial(y, splits, N * weight.M)
+    return _native.Output(
+        y,
+        _contiguous(bias),
+        relu,
+        weight.M,
+        N,
+        pixels,
+        image_stride,
+        pixel_stride,
+        row_stride,
+        partial,
+        splits,
+    )
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().contiguous()
+
+
+def _partial(y: Tensor, splits: int, outputs: int) -> Tensor | None:
+    return None if splits == 1 else y.new_empty(splits * outputs, dtype=torch.float32)
+
+
+def _steps(weight: _native.Weight) -> int:
+    """Pieces that the columns of a weight are read in: units of 64, or windows of 248."""
+    return max(1, -(-weight.K // (64 if weight.layout == Layout.DENSE else 248)))
+
+
+def _splits(blocks: int, wanted: int, steps: int) -> int:
+    """How many blocks share a sum, so that about `wanted` blocks run; each has some steps."""
+    return max(1, min(wanted // max(blocks, 1), steps))
+
+
+def _direct_splits(weight: _native.Weight, x: Tensor) -> int:
+    blocks = -(-weight.M // 16) * -(-x.shape[0] // 2)
+    multiprocessors = _native.device_properties(_native.device_index(x)).multiprocessors
+    # A block has eight warps; with fewer than two units for each, splitting gains nothing.
+    return _splits(blocks, 2 * multiprocessors, _steps(weight) // 16)
+
+
+def _matmul_splits(weight: _native.Weight, x: Tensor, N: int) -> int:
+    dense = weight.layout == Layout.DENSE
+    rows = 128 if dense and N > 16 and x.element_size() == 2 else 64
+    blocks = -(-weight.M // rows) * -(-N // 64)
+    multiprocessors = _native.device_properties(_native.device_index(x)).multiprocessors
+    return _splits(blocks, 4 * multiprocessors, _steps(weight) // 4 if dense else _steps(weight))

@@ -1,0 +1,264 @@
+"""Bytes of a weight in GPU memory: a code for every position, or (place, code) pairs.
+
+Written for instructions rather than bytes, which is what limits a kernel there. Each function is
+numpy on arrays that were proven sound. csrc/cuda/layout.cuh reads the same bytes;
+docs/format.md describes them in words.
+
+DENSE cuts the matrix into units of 16 rows x 64 columns and keeps a code at every position. No code
+is spent on zero: the rarest one stands for "pruned", and the few entries that really have it are
+escapes, listed by unit. A warp reads a unit at once; lane 4 g + q owns columns 16 q to 16 q + 15 of
+rows g and g + 8, which is also its part of a tensor-core fragment.
+
+PAIRS keeps 16 bytes for eight entries of one row and one window of 248 columns: eight places, then
+eight codes. A run that is no multiple of eight ends with place 248, where x is taken to be zero.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .packing import Layout, padded, row_chunks
+
+UNIT_ROWS = 16
+UNIT_COLUMNS = 64
+CHUNK = 8
+"""Pairs that lie together, of one row and window."""
+PAIRS_WINDOW = 248
+"""Columns of a window; places 248 to 255 of a byte mean "no entry"."""
+MAX_PAIRS_K = 256 * PAIRS_WINDOW
+"""Columns that PAIRS can number: the window of a chunk is a byte."""
+
+
+def code_width(bits: int) -> int:
+    """Bits that a code takes in the DENSE layout: 5 up to five bits, else 8."""
+    return 5 if bits <= 5 else 8
+
+
+def units(M: int, K: int) -> tuple[int, int]:
+    """Blocks of 16 rows, and units of 64 columns in each."""
+    return -(-M // UNIT_ROWS), -(-K // UNIT_COLUMNS)
+
+
+def windows(K: int) -> int:
+    """Windows of 248 columns in a row."""
+    return -(-K // PAIRS_WINDOW)
+
+
+def choose_device_layout(M: int, K: int, nnz: int, bits: int) -> Layout:
+    """The layout that takes fewer bytes: PAIRS below a density of about 0.44 (5 bits: 0.27)."""
+    blocks, columns = units(M, K)
+    dense = blocks * columns * (128 * code_width(bits) + 4)
+    runs = M * windows(K)
+    # A run wastes three and a half pairs on average, where it has entries at all.
+    pairs = (nnz + 3.5 * min(nnz, runs)) * 17 / 8 + runs + 4 * M
+    return Layout.PAIRS if pairs < dense and K <= MAX_PAIRS_K else Layout.DENSE
+
+
+def least_position_bytes(layout: int, M: int, K: int) -> int:
+    """Bytes of `positions` when the weight has no entries, without the read padding."""
+    if layout == Layout.DENSE:
+        blocks, columns = units(M, K)
+        return 4 * (blocks * columns + 2)
+    return 4 * (M + 1) + M * windows(K)
+
+
+def pack(
+    layout: Layout,
+    row_ptr: NDArray[np.int64],
+    col_ind: NDArray,
+    codes: NDArray[np.uint8],
+    M: int,
+    K: int,
+    bits: int,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The arrays `positions` and `codes` of a layout, padded for reading.
+
+    Args:
+        layout: DENSE or PAIRS.
+        row_ptr: int64 [M + 1].
+        col_ind: any integer dtype [nnz], strictly increasing in each row.
+        codes: uint8 [nnz], each < 2^bits.
+        M: rows.
+        K: columns, at most MAX_PAIRS_K for PAIRS.
+        bits: of a code, 1 to 8.
+    """
+    if layout == Layout.DENSE:
+        return _pack_dense(row_ptr, col_ind, codes, M, K, bits)
+    return _pack_pairs(row_ptr, col_ind, codes, M, K)
+
+
+def unpack(
+    layout: Layout,
+    positions: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
+    row_ptr: NDArray[np.int64],
+    M: int,
+    K: int,
+    bits: int,
+) -> tuple[NDArray, NDArray[np.uint8]]:
+    """The logical form of what `pack` made: col_ind [nnz] (uint16 or int32) and codes [nnz]."""
+    if layout == Layout.DENSE:
+        return _unpack_dense(positions, codes, row_ptr, M, K, bits)
+    return _unpack_pairs(positions, codes, row_ptr, M, K)
+
+
+def _pack_dense(
+    row_ptr: NDArray[np.int64],
+    col_ind: NDArray,
+    codes: NDArray[np.uint8],
+    M: int,
+    K: int,
+    bits: int,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    width = code_width(bits)
+    blocks, columns = units(M, K)
+    zero = int(np.argmin(np.bincount(codes, minlength=1 << bits)))
+    escaped = np.flatnonzero(codes == zero)
+    rows = np.searchsorted(row_ptr, escaped, side="right") - 1
+    at = col_ind[escaped].astype(np.int64)
+    unit = rows // UNIT_ROWS * columns + at // UNIT_COLUMNS
+    order = np.argsort(unit, kind="stable")
+    places = (rows % UNIT_ROWS * UNIT_COLUMNS + at % UNIT_COLUMNS)[order].astype("<u2")
+    unit_ptr = np.zeros(blocks * columns + 1, "<i4")
+    np.cumsum(np.bincount(unit, minlength=blocks * columns), out=unit_ptr[1:])
+    head = np.concatenate([np.array([zero], "<i4"), unit_ptr])
+    positions = padded([head.view(np.uint8), places.view(np.uint8)])
+
+    parts = []
+    step = UNIT_ROWS * max(1, (1 << 22) // max(1, columns * UNIT_COLUMNS * UNIT_ROWS))
+    for start in range(0, M, step):
+        stop = min(start + step, M)
+        count = -(-(stop - start) // UNIT_ROWS)
+        table = np.full((count * UNIT_ROWS, columns * UNIT_COLUMNS), zero, np.uint8)
+        first, last = row_ptr[start], row_ptr[stop]
+        row = np.repeat(np.arange(stop - start), np.diff(row_ptr[start : stop + 1]))
+        table[row, col_ind[first:last].astype(np.int64)] = codes[first:last]
+        # [block, half, g, unit, q, column] -> [block, unit, lane (g, q), half, column]
+        lanes = table.reshape(count, 2, 8, columns, 4, 16).transpose(0, 3, 2, 4, 1, 5)
+        parts.append(_pack_lanes(lanes.reshape(count * columns, 32, 32), width).ravel())
+    return positions, padded(parts)
+
+
+def _unpack_dense(
+    positions: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
+    row_ptr: NDArray[np.int64],
+    M: int,
+    K: int,
+    bits: int,
+) -> tuple[NDArray, NDArray[np.uint8]]:
+    width = code_width(bits)
+    blocks, columns = units(M, K)
+    zero = int(positions[:4].view("<i4")[0])
+    unit_ptr = positions[4 : 8 + 4 * blocks * columns].view("<i4").astype(np.int64)
+    begin = 8 + 4 * blocks * columns
+    places = positions[begin : begin + 2 * unit_ptr[-1]].view("<u2").astype(np.int64)
+    unit = np.repeat(np.arange(blocks * columns), np.diff(unit_ptr))
+    rows = unit // max(columns, 1) * UNIT_ROWS + places // UNIT_COLUMNS
+    at = unit % max(columns, 1) * UNIT_COLUMNS + places % UNIT_COLUMNS
+
+    dtype = np.uint16 if K <= 1 << 16 else np.int32
+    found_columns, found_codes = [np.zeros(0, dtype)], [np.zeros(0, np.uint8)]
+    words = codes[: blocks * columns * 128 * width].view("<u4").reshape(blocks, columns, 32 * width)
+    step = max(1, (1 << 22) // max(1, columns * UNIT_COLUMNS * UNIT_ROWS))
+    for start in range(0, blocks, step):
+        count = min(step, blocks - start)
+        lanes = _unpack_lanes(words[start : start + count].reshape(-1, 32 * width), width)
+        lanes = lanes.reshape(count, columns, 8, 4, 2, 16).transpose(0, 4, 2, 1, 3, 5)
+        table = lanes.reshape(count * UNIT_ROWS, columns * UNIT_COLUMNS)
+        kept = table != zero
+        own = (rows >= start * UNIT_ROWS) & (rows < (start + count) * UNIT_ROWS)
+        kept[rows[own] - start * UNIT_ROWS, at[own]] = True
+        row, column = np.nonzero(kept[: max(0, M - start * UNIT_ROWS), :K])
+        found_columns.append(column.astype(dtype))
+        found_codes.append(table[row, column])
+    return np.concatenate(found_columns), np.concatenate(found_codes)
+
+
+def _pack_lanes(codes: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Codes [units, 32 lanes, 32] as bytes [units, 128 width].
+
+    A lane's codes are a little-endian string of 32 `width` bits, `width` words of 32. Four words of
+    a lane lie together for one 16-byte load; what is left over of `width` lies word by word.
+    """
+    words = np.zeros((len(codes), 32, width), np.uint32)
+    for j in range(32):
+        word, shift = divmod(j * width, 32)
+        words[:, :, word] |= codes[:, :, j].astype(np.uint32) << np.uint32(shift)
+        if shift + width > 32:
+            words[:, :, word + 1] |= codes[:, :, j].astype(np.uint32) >> np.uint32(32 - shift)
+    quads = width // 4
+    together = words[:, :, : 4 * quads].reshape(len(codes), 32, quads, 4).transpose(0, 2, 1, 3)
+    single = words[:, :, 4 * quads :].transpose(0, 2, 1)
+    flat = [
+        together.reshape(len(codes), 128 * quads),
+        single.reshape(len(codes), 32 * (width - 4 * quads)),
+    ]
+    return np.concatenate(flat, axis=1).astype("<u4").view(np.uint8)
+
+
+def _unpack_lanes(words: NDArray[np.uint32], width: int) -> NDArray[np.uint8]:
+    quads = width // 4
+    together = words[:, : 128 * quads].reshape(len(words), quads, 32, 4).transpose(0, 2, 1, 3)
+    single = words[:, 128 * quads :].reshape(len(words), width - 4 * quads, 32).transpose(0, 2, 1)
+    own = np.concatenate([together.reshape(len(words), 32, 4 * quads), single], axis=2)
+    codes = np.empty((len(words), 32, 32), np.uint8)
+    for j in range(32):
+        word, shift = divmod(j * width, 32)
+        value = own[:, :, word] >> np.uint32(shift)
+        if shift + width > 32:
+            value = value | own[:, :, word + 1] << np.uint32(32 - shift)
+        codes[:, :, j] = value & np.uint32((1 << width) - 1)
+    return codes
+
+
+def _pack_pairs(
+    row_ptr: NDArray[np.int64],
+    col_ind: NDArray,
+    codes: NDArray[np.uint8],
+    M: int,
+    K: int,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    per_row = windows(K)
+    counts, ids, chunks = [], [], []
+    chunk_ptr = np.zeros(M + 1, np.int64)
+    for rows in row_chunks(M, K):
+        first, last = row_ptr[rows.start], row_ptr[rows.stop]
+        count = rows.stop - rows.start
+        row = np.repeat(np.arange(count), np.diff(row_ptr[rows.start : rows.stop + 1]))
+        columns = col_ind[first:last].astype(np.int64)
+        run = row * per_row + columns // PAIRS_WINDOW
+        entries = np.bincount(run, minlength=count * per_row)
+        of_run = -(-entries // CHUNK)
+        begin = np.cumsum(of_run) - of_run  # of a run, in chunks
+        rank = np.arange(len(run)) - (np.cumsum(entries) - entries)[run]
+        slot = begin[run] * CHUNK + rank
+        total = int(of_run.sum())
+        table = np.zeros((total, 2, CHUNK), np.uint8)
+        table[:, 0] = PAIRS_WINDOW
+        table[slot // CHUNK, 0, slot % CHUNK] = columns % PAIRS_WINDOW
+        table[slot // CHUNK, 1, slot % CHUNK] = codes[first:last]
+        counts.append(of_run.astype(np.uint8))
+        ids.append(np.repeat(np.arange(count * per_row) % max(per_row, 1), of_run).astype(np.uint8))
+        chunks.append(table.ravel())
+        chunk_ptr[rows.start + 1 : rows.stop + 1] = of_run.reshape(count, per_row).sum(1)
+    np.cumsum(chunk_ptr, out=chunk_ptr)
+    return padded([chunk_ptr.astype("<i4").view(np.uint8), *counts, *ids]), padded(chunks)
+
+
+def _unpack_pairs(
+    positions: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
+    row_ptr: NDArray[np.int64],
+    M: int,
+    K: int,
+) -> tuple[NDArray, NDArray[np.uint8]]:
+    chunk_ptr = positions[: 4 * (M + 1)].view("<i4")
+    total = int(chunk_ptr[M])
+    begin = 4 * (M + 1) + M * windows(K)
+    ids = positions[begin : begin + total].astype(np.int64)
+    table = codes[: total * 2 * CHUNK].reshape(total, 2, CHUNK)
+    real = table[:, 0] < PAIRS_WINDOW
+    columns = (ids[:, None] * PAIRS_WINDOW + table[:, 0])[real]
+    return columns.astype(np.uint16 if K <= 1 << 16 else np.int32), table[:, 1][real]

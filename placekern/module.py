@@ -1,0 +1,169 @@
+"""QuantSparseModule: what the compressed layers share, a weight as buffers and its codebook.
+
+The packed arrays have a size that depends on the density and a layout that depends on the device:
+loading a state_dict makes room of the right size first, `to` packs them anew, and a state_dict
+always holds the CPU's layout, so that what a GPU saved loads anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .packing import DEVICE_LAYOUTS, Layout
+from .weight import QuantSparseWeight
+
+_BUFFERS = ("row_ptr", "positions", "codes")
+
+
+class QuantSparseModule(nn.Module):
+    """What both modules share: the compressed weight as buffers and a trainable codebook."""
+
+    row_ptr: Tensor
+    positions: Tensor
+    codes: Tensor
+
+    def __init__(self, shape: tuple[int, int], bits: int) -> None:
+        super().__init__()
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+            raise ValueError(f"bits is {bits!r}, expected an integer from 1 to 8")
+        self.bits = bits
+        self._shape = shape
+        self._layout = Layout.MASK
+        self._nnz = 0
+        for name in _BUFFERS:
+            self.register_buffer(name, None)
+        self.codebook: nn.Parameter
+        self.register_parameter("codebook", None)
+
+    @property
+    def weight(self) -> QuantSparseWeight:
+        """The compressed weight; shares its arrays and the codebook with the module."""
+        return QuantSparseWeight.trusted(
+            self._shape,
+            self.bits,
+            self._layout,
+            self._nnz,
+            self.row_ptr,
+            self.positions,
+            self.codes,
+            self.codebook,
+        )
+
+    @weight.setter
+    def weight(self, weight: QuantSparseWeight) -> None:
+        if weight.shape != self._shape or weight.bits != self.bits:
+            raise ValueError(
+                f"weight is {list(weight.shape)} with {weight.bits} bits, expected "
+                f"{list(self._shape)} with {self.bits} bits"
+            )
+        self._layout = weight.layout
+        self._nnz = weight.nnz
+        for name in _BUFFERS:
+            setattr(self, name, getattr(weight, name))
+        book = weight.codebook
+        self.codebook = book if isinstance(book, nn.Parameter) else nn.Parameter(book)
+
+    def _initialise(self, bound: float, device: Any, dtype: torch.dtype | None) -> None:
+        """Uniform weights in +-bound, at full density, on a uniform codebook."""
+        dtype = dtype or torch.get_default_dtype()
+        if torch.device(device or torch.get_default_device()).type == "meta":
+            self.codebook = nn.Parameter(torch.empty(1 << self.bits, device="meta", dtype=dtype))
+            for name in _BUFFERS:
+                kind = torch.int32 if name == "row_ptr" else torch.uint8
+                setattr(self, name, torch.empty(0, dtype=kind, device="meta"))
+            return
+        dense = torch.empty(self._shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound)
+        codebook = torch.linspace(-bound, bound, 1 << self.bits, device="cpu")
+        keep = torch.ones_like(dense, dtype=torch.bool)
+        self.weight = QuantSparseWeight.from_dense(dense, codebook, keep)
+        self.to(device=device or torch.get_default_device(), dtype=dtype)
+
+    def _make_bias(self, size: int, bound: float, device: Any, dtype: torch.dtype | None) -> None:
+        bias = torch.empty(size, device=device, dtype=dtype)
+        self.bias = nn.Parameter(bias.uniform_(-bound, bound))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # The arrays have the size that the file's density gives them: make room of that size, after
+        # proving them, and let torch copy or assign as it does for any buffer.
+        incoming = [state_dict.get(prefix + name) for name in (*_BUFFERS, "codebook")]
+        missing = [
+            name
+            for name, tensor in zip((*_BUFFERS, "codebook"), incoming, strict=True)
+            if tensor is None
+        ]
+        if 0 < len(missing) < len(incoming):
+            # torch would copy what is there, and the kernels would read past the end of the rest.
+            error_msgs.append(
+                f"{prefix.rstrip('.') or type(self).__name__}: the state_dict lacks "
+                f"{', '.join(missing)}; a compressed weight is loaded whole or not at all"
+            )
+            return
+        if not missing:
+            try:
+                proven = QuantSparseWeight(self._shape, self.bits, *incoming)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+                return
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            device = proven.device if assigned else self.codebook.device
+            packed = proven.to_layout(proven.best_layout(device.type))
+            self._layout = packed.layout
+            self._nnz = packed.nnz
+            arrays = {prefix + name: getattr(packed, name) for name in _BUFFERS}
+            state_dict = {**state_dict, **arrays}
+            for name in _BUFFERS:
+                own, tensor = getattr(self, name), getattr(packed, name)
+                # Kept where it fits: layers that share a weight go on sharing it.
+                if (own.shape, own.dtype, own.device) != (tensor.shape, tensor.dtype, device):
+                    setattr(self, name, torch.empty_like(tensor, device=device))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        # Always in the CPU's layout, so that what a GPU saved loads anywhere.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._layout in DEVICE_LAYOUTS and not self.codebook.is_meta:
+            weight = self.weight
+            portable = weight.to_layout(weight.best_layout("cpu"))
+            for name in _BUFFERS:
+                destination[prefix + name] = getattr(portable, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantSparseModule:
+        # `to`, `cuda` and `cpu` come this way: the arrays change their layout with the device.
+        before = torch.tensor([77], dtype=torch.uint8, device=self.codes.device)
+        after = fn(before)
+        moved = after.device.type != before.device.type and "meta" not in (
+            after.device.type,
+            before.device.type,
+        )
+        # `to_empty` moves no content, and there is none to repack until a state_dict is loaded.
+        if moved and int(after[0]) == 77:
+            weight = self.weight
+            packed = weight.to_layout(weight.best_layout(after.device.type))
+            self._layout = packed.layout
+            for name in _BUFFERS:
+                setattr(self, name, getattr(packed, name))
+        super()._apply(fn, recurse)
+        return self
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the compressed weight and the bias."""
+        bias = self.bias
+        return self.weight.nbytes + (0 if bias is None else bias.numel() * bias.element_size())

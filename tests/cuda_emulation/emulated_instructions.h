@@ -1,0 +1,100 @@
+// The functions of csrc/cuda/instructions.cuh in software, with the layouts that are commented
+// there. One surprise: a copy happens in wait_for_copies, so that a kernel which does not wait
+// reads what was there before. On a Turing it happens at once, as on the real one.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace emulated {
+
+// What a lane gives to a product; `d` is read and written.
+struct Operands {
+    float* d;
+    const uint32_t* a;
+    const uint32_t* b;
+};
+
+inline void multiply(const char* name, float* d, const uint32_t* a, const uint32_t* b, Site site,
+                     Complete complete) {
+    const Operands operands{d, a, b};
+    gather(name, kFullMask, reinterpret_cast<uint64_t>(&operands), site, complete);
+}
+
+inline void need_ampere(const char* what, Site site) {
+    if (capability() < 80)
+        fail(kLaunchFailure, "%s at %s:%d: devices before Ampere have none", what, site.file,
+             site.line);
+}
+
+inline void finish_copy(const Copy& copy) {
+    *static_cast<uint4*>(copy.shared) =
+        copy.global != nullptr ? *static_cast<const uint4*>(copy.global) : uint4{};
+}
+
+}  // namespace emulated
+
+namespace placekern::cuda {
+
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16,
+                emulated::Site site = emulated::here()) {
+    emulated::need_ampere("a product of bfloat16", site);
+    emulated::multiply("mma", d, a, b, site, emulated::multiply_bfloat16);
+}
+
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half,
+                emulated::Site site = emulated::here()) {
+    emulated::multiply("mma", d, a, b, site, emulated::multiply_half);
+}
+
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float,
+                emulated::Site site = emulated::here()) {
+    emulated::need_ampere("a product of TF32", site);
+    emulated::multiply("mma", d, a, b, site, emulated::multiply_tf32);
+}
+
+inline uint32_t to_tf32(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    if (emulated::capability() < 80) return bits;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return 0x7fffffffu;  // the device's NaN
+    if (magnitude == 0x7f800000u) return bits;
+    return (bits + 0x1000u) & ~0x1fffu;
+}
+
+inline uint32_t transpose(uint32_t pair, emulated::Site site = emulated::here()) {
+    const uint64_t* pairs = emulated::gather("transpose", emulated::kFullMask, pair, site);
+    const int column = emulated::lane() / 4, row = emulated::lane() % 4 * 2;
+    const auto element = [&](int r) {
+        return static_cast<uint32_t>(pairs[4 * r + column / 2] >> (16 * (column % 2))) & 0xffffu;
+    };
+    return element(row) | element(row + 1) << 16;
+}
+
+inline void copy_async(void* shared, const void* global, bool inside,
+                       emulated::Site site = emulated::here()) {
+    if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
+        reinterpret_cast<uintptr_t>(global) % 16 != 0)
+        emulated::fail(emulated::kMisaligned,
+                       "copy_async at %s:%d: %s address %p is not on 16 bytes", site.file,
+                       site.line,
+                       reinterpret_cast<uintptr_t>(shared) % 16 != 0 ? "shared" : "global",
+                       reinterpret_cast<uintptr_t>(shared) % 16 != 0 ? shared : global);
+    if (!emulated::in_shared_memory(shared, 16))
+        emulated::fail(emulated::kLaunchFailure,
+                       "copy_async at %s:%d: %p is outside of the launch's shared memory",
+                       site.file, site.line, shared);
+    const emulated::Copy copy{shared, inside ? global : nullptr};
+    if (emulated::capability() < 80)
+        emulated::finish_copy(copy);
+    else
+        emulated::begin_copy(copy);
+}
+
+inline void wait_for_copies() {
+    emulated::Copy copy;
+    while (emulated::next_copy(&copy)) emulated::finish_copy(copy);
+}
+
+}  // namespace placekern::cuda

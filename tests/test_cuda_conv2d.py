@@ -1,0 +1,115 @@
+"""conv2d on CUDA against plain torch: the kernels' own source, on the emulator or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_weight, relative_error
+
+from placekern import _native, device, ops
+from placekern.packing import Layout
+
+if TYPE_CHECKING:
+    from conftest import Gpu
+
+ROUNDING = {torch.float32: 2e-3, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+
+CASES: list[dict[str, Any]] = [
+    {"channels": 3, "M": 20, "size": (9, 7), "kernel_size": (3, 3), "padding": (1, 1)},
+    {"channels": 20, "M": 33, "size": (6, 6), "kernel_size": (1, 1)},
+    {"channels": 2, "M": 5, "size": (11, 13), "kernel_size": (5, 3), "stride": (2, 3)},
+    {
+        "channels": 8,
+        "M": 17,
+        "size": (8, 9),
+        "kernel_size": (3, 2),
+        "padding": (2, 1, 0, 1),
+        "dilation": (2, 3),
+    },
+    {"channels": 4, "M": 6, "size": (5, 5), "kernel_size": (3, 3), "groups": 2},
+    {"channels": 6, "M": 6, "size": (5, 4), "kernel_size": (2, 2), "groups": 6},
+    {"channels": 30, "M": 70, "size": (3, 3), "kernel_size": (3, 3)},  # one output pixel
+    {"channels": 5, "M": 1, "size": (4, 4), "kernel_size": (3, 3), "padding": (1, 1)},
+]
+
+
+@pytest.fixture
+def any_way() -> Iterator[None]:
+    yield
+    _native.force_way("auto")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("way", ["direct", "decode"])
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_agrees_with_plain_torch(
+    gpu: Gpu, any_way: None, case: dict[str, Any], way: str, layout: Layout, dtype: torch.dtype
+) -> None:
+    sizes = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1} | case
+    channels, M, size = sizes.pop("channels"), sizes.pop("M"), sizes.pop("size")
+    kernel = sizes["kernel_size"]
+    K = channels // sizes["groups"] * kernel[0] * kernel[1]
+    weight = random_weight(M, K, 0.4, 8)
+    batch = 3
+    x = torch.randn(batch, channels, *size).to(dtype)
+    bias = torch.randn(M)
+    dense = weight.to_dense().double().view(M, -1, *kernel)
+    pad = sizes["padding"]
+    top, bottom, left, right = pad if len(pad) == 4 else (pad[0], pad[0], pad[1], pad[1])
+    image = F.pad(x.double(), (left, right, top, bottom))
+    wanted = F.conv2d(
+        image, dense, bias.double(), sizes["stride"], 0, sizes["dilation"], sizes["groups"]
+    )
+    _native.force_way(way)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for relu in (False, True):
+            y = ops.conv2d(
+                gpu.tensor(x).contiguous(memory_format=memory_format),
+                gpu.weight(weight, layout),
+                gpu.tensor(bias),
+                relu=relu,
+                **sizes,
+            )
+            assert y.dtype == dtype
+            assert y.is_contiguous(memory_format=memory_format)
+            error = relative_error(y.cpu(), wanted.relu() if relu else wanted)
+            assert error < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_splits_of_the_columns_add_up(
+    gpu: Gpu,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: Layout,
+    memory_format: torch.memory_format,
+) -> None:
+    weight = random_weight(40, 64 * 9, 0.4, 8)
+    x = torch.randn(1, 64, 5, 6).bfloat16()
+    wanted = F.conv2d(x.double(), weight.to_dense().double().view(40, 64, 3, 3), padding=1)
+    image = gpu.tensor(x).contiguous(memory_format=memory_format)
+    for splits in (1, 2, 3):
+        monkeypatch.setattr(device, "_matmul_splits", lambda *_, s=splits: s)
+        y = ops.conv2d(image, gpu.weight(weight, layout), kernel_size=(3, 3), padding=(1, 1))
+        assert relative_error(y.cpu(), wanted) < 1.2e-2
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_decoded_slices_of_rows_are_put_together(
+    gpu: Gpu, any_way: None, monkeypatch: pytest.MonkeyPatch, groups: int
+) -> None:
+    monkeypatch.setattr(device, "SCRATCH_BYTES", 1)  # slices of 16 rows; a group has 20
+    _native.force_way("decode")
+    weight = random_weight(60, 2 * 9, 0.5, 8)
+    x, bias = torch.randn(2, 2 * groups, 6, 5), torch.randn(60)
+    moved = gpu.weight(weight)
+    y = ops.conv2d(
+        gpu.tensor(x), moved, gpu.tensor(bias), kernel_size=(3, 3), groups=groups, relu=True
+    )
+    dense = weight.to_dense().view(60, 2, 3, 3)
+    assert relative_error(y.cpu(), F.conv2d(x, dense, bias, groups=groups).relu()) < 1e-5

@@ -1,0 +1,220 @@
+"""linear on CUDA against plain torch: the kernels' own source, on the emulator or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from helpers import random_weight, relative_error
+from torch import Tensor
+
+import placekern as pk
+from placekern import QuantSparseWeight, _native, device, ops
+from placekern.packing import Layout
+
+if TYPE_CHECKING:
+    from conftest import Gpu
+
+ROUNDING = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+LAYOUTS = [Layout.DENSE, Layout.PAIRS]
+
+
+@pytest.fixture
+def any_way() -> Iterator[None]:
+    yield
+    _native.force_way("auto")
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Lets float32 products be rounded to TF32, as torch would."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def expected(
+    x: Tensor, weight: QuantSparseWeight, bias: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """The result in float64, and the squares of the terms of each output."""
+    exact, dense = x.cpu().double(), weight.to_dense().cpu().double()
+    offset = 0 if bias is None else bias.cpu().double()
+    y = exact @ dense.T + offset
+    return (y.relu() if relu else y), exact.square() @ dense.square().T
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["direct", "decode"])
+@pytest.mark.parametrize(
+    ("M", "K", "N", "density", "bits"),
+    [
+        (1, 1, 1, 1.0, 8),
+        (16, 64, 1, 0.5, 5),
+        (17, 65, 2, 0.3, 8),
+        (70, 250, 3, 0.3, 5),
+        (33, 1000, 5, 0.15, 8),
+        (130, 300, 17, 0.5, 8),
+        (20, 500, 40, 1.0, 3),
+        (40, 130, 70, 0.4, 8),
+        (5, 0, 3, 0.5, 8),
+        (0, 7, 3, 0.5, 8),
+        (9, 64, 0, 0.5, 8),
+        (9, 300, 4, 0.0, 8),
+        (3, 2600, 2, 0.02, 6),
+    ],
+)
+def test_agrees_with_plain_torch(
+    gpu: Gpu,
+    any_way: None,
+    layout: Layout,
+    dtype: torch.dtype,
+    way: str,
+    M: int,
+    K: int,
+    N: int,
+    density: float,
+    bits: int,
+) -> None:
+    weight = random_weight(M, K, density, bits)
+    x = torch.randn(N, K).to(dtype)
+    bias = torch.randn(M) if N % 2 else None
+    relu = N > 2
+    _native.force_way(way)
+    y = ops.linear(
+        gpu.tensor(x),
+        gpu.weight(weight, layout),
+        None if bias is None else gpu.tensor(bias),
+        relu=relu,
+    )
+    wanted, squares = expected(x, weight, bias, relu)
+    assert y.dtype == dtype
+    assert y.shape == (N, M)
+    assert relative_error(y.cpu(), wanted, squares) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("N", [4, 20, 64])
+def test_tf32_is_used_when_torch_allows_it(gpu: Gpu, tf32: None, layout: Layout, N: int) -> None:
+    weight = random_weight(40, 520, 0.4, 8)
+    x = torch.randn(N, 520)
+    y = ops.linear(gpu.tensor(x), gpu.weight(weight, layout)).cpu()
+    error = relative_error(y, *expected(x, weight, None, False))
+    assert 1e-6 < error < 1e-3  # products of numbers with ten bits after the point
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_identity_is_exact(gpu: Gpu, layout: Layout, dtype: torch.dtype) -> None:
+    for bits in (1, 5, 8):
+        weight = random_weight(35, 80, 0.4, bits)
+        weight.codebook = weight.codebook.to(dtype).float()  # numbers that dtype holds
+        y = ops.linear(gpu.tensor(torch.eye(80, dtype=dtype)), gpu.weight(weight, layout))
+        assert torch.equal(y.cpu().float(), weight.to_dense().T)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("N", [1, 2, 9])
+def test_splits_of_the_columns_add_up_in_a_fixed_order(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, layout: Layout, N: int
+) -> None:
+    weight = random_weight(20, 1500, 0.4, 8)
+    moved = gpu.weight(weight, layout)
+    x = torch.randn(N, 1500).bfloat16()
+    wanted, squares = expected(x, weight, None, False)
+    for splits in (1, 2, 3, 7):
+        monkeypatch.setattr(device, "_direct_splits", lambda *_, s=splits: s)
+        monkeypatch.setattr(device, "_matmul_splits", lambda *_, s=splits: s)
+        results = [ops.linear(gpu.tensor(x), moved) for _ in range(2)]
+        assert torch.equal(*results)
+        assert relative_error(results[0].cpu(), wanted, squares) < 1.2e-2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_decoded_slices_of_rows_are_put_together(
+    gpu: Gpu, any_way: None, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    monkeypatch.setattr(device, "SCRATCH_BYTES", 1)
+    _native.force_way("decode")
+    weight = random_weight(50, 100, 0.5, 8)
+    x, bias = torch.randn(6, 100), torch.randn(50)
+    y = ops.linear(gpu.tensor(x), gpu.weight(weight, layout), gpu.tensor(bias), relu=True)
+    assert relative_error(y.cpu(), expected(x, weight, bias, True)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_codebooks_and_biases_of_other_dtypes(gpu: Gpu, layout: Layout) -> None:
+    weight = random_weight(20, 100, 0.5, 5)
+    weight.codebook = weight.codebook.bfloat16()
+    bias = torch.randn(20).half()
+    for N in (1, 10):
+        x = torch.randn(N, 100).half()
+        y = ops.linear(gpu.tensor(x), gpu.weight(weight, layout), gpu.tensor(bias))
+        exact = x.double() @ weight.to_dense().double().T + bias.double()
+        assert relative_error(y.cpu(), exact) < 2e-3
+
+
+def test_strided_and_misaligned_x(gpu: Gpu) -> None:
+    weight = random_weight(20, 128, 0.5, 8)
+    moved, dense = gpu.weight(weight), weight.to_dense()
+    x = torch.randn(2, 3, 128)
+    for view in (
+        gpu.tensor(torch.randn(128, 3, 2)).permute(2, 1, 0),
+        gpu.tensor(torch.randn(2 * 3 * 128 + 1))[1:].view(2, 3, 128),
+        gpu.tensor(x)[:, ::2],
+    ):
+        y = ops.linear(view, moved)
+        assert y.shape == (*view.shape[:-1], 20)
+        assert relative_error(y.cpu(), view.cpu() @ dense.T) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("N", [1, 6])
+def test_nan_in_x_comes_out_and_relu_lets_it_through(gpu: Gpu, layout: Layout, N: int) -> None:
+    weight = random_weight(4, 64, 1.0, 5)
+    x = torch.randn(N, 64).bfloat16()
+    x[0, 3] = float("nan")
+    y = ops.linear(gpu.tensor(x), gpu.weight(weight, layout), relu=True).cpu()
+    assert y[0].isnan().all()
+    assert not y[1:].isnan().any()
+
+
+def test_x_too_wide_for_shared_memory_is_gathered(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLACEKERN_EMULATED_SHARED", str(64 << 10))
+    weight = random_weight(18, 40_000, 0.01, 8)
+    x = torch.randn(2, 40_000)
+    y = ops.linear(gpu.tensor(x), gpu.weight(weight, Layout.PAIRS))
+    assert relative_error(y.cpu(), expected(x, weight, None, False)[0]) < 1e-5
+
+
+def test_float64_is_refused(gpu: Gpu) -> None:
+    with pytest.raises(NotImplementedError, match="float64 runs on the CPU only; use float32"):
+        ops.linear(gpu.tensor(torch.zeros(1, 8).double()), gpu.weight(random_weight(4, 8, 1, 5)))
+
+
+def test_without_the_cuda_module_an_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "_cuda", None)
+    weight = random_weight(4, 8, 1, 5).to_layout(Layout.DENSE)
+    with pytest.raises(RuntimeError, match="built without CUDA; reinstall it with PLACEKERN_CUDA"):
+        ops.linear(torch.zeros(1, 8), weight)
+
+
+def test_modules_change_their_layout_with_the_device() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    layer = pk.QuantSparseLinear(100, 40, bits=8)
+    x = torch.randn(3, 100)
+    before = layer(x)
+    layer.cuda()
+    assert layer.weight.layout == Layout.DENSE
+    assert relative_error(layer(x.cuda()).cpu(), before) < 1e-5
+    state = layer.state_dict()
+    other = pk.QuantSparseLinear(100, 40, bits=8)
+    other.load_state_dict(state)
+    assert torch.equal(other(x), before)
+    assert torch.equal(layer.cpu()(x), before)

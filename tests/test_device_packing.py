@@ -1,0 +1,72 @@
+"""The layouts of GPU memory: what goes in comes out, and the sizes keep to the budget."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_weight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from placekern import QuantSparseWeight, device_packing
+from placekern.packing import READ_PADDING, Layout
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    M=st.integers(0, 40),
+    K=st.one_of(st.integers(0, 130), st.integers(240, 260), st.integers(490, 1100)),
+    density=st.sampled_from([0.0, 0.02, 0.3, 0.5, 1.0]),
+    bits=st.integers(1, 8),
+    layout=st.sampled_from([Layout.DENSE, Layout.PAIRS]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_what_goes_in_comes_out(
+    M: int, K: int, density: float, bits: int, layout: Layout, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight = random_weight(M, K, density, bits)
+    packed = weight.to_layout(layout)
+    assert packed.layout == layout
+    for before, after in zip(weight.to_csr(), packed.to_csr(), strict=True):
+        assert before.dtype == after.dtype
+        assert torch.equal(before, after)
+    back = packed.to_layout(weight.layout)
+    assert torch.equal(back.positions, weight.positions)
+    assert torch.equal(back.codes, weight.codes)
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("density", [0.05, 0.15, 0.3, 0.5, 0.9])
+def test_bytes_keep_to_the_budget(density: float, bits: int) -> None:
+    M, K = 64, 16_384
+    mask = torch.rand(M, K) < density
+    # As k-means leaves it: the outer centroids have few weights.
+    codes = (torch.randn(int(mask.sum())) / 3 + 0.5).clamp(0, 1) * ((1 << bits) - 1)
+    weight = QuantSparseWeight.from_mask(mask, codes.to(torch.uint8), torch.randn(1 << bits))
+    packed = weight.to_layout(weight.best_layout("cuda"))
+    used = packed.positions.numel() + packed.codes.numel() - 2 * READ_PADDING
+    assert used <= (1.05 if density > 0.1 else 1.27) * M * K * min(bits, 18 * weight.density) / 8
+    assert packed.layout == (Layout.DENSE if 18 * density > bits else Layout.PAIRS)
+
+
+def test_many_columns_are_dense_always() -> None:
+    K = device_packing.MAX_PAIRS_K + 1
+    weight = random_weight(2, K, 0.01, 8)
+    assert weight.best_layout("cuda") == Layout.DENSE
+    assert torch.equal(weight.to_layout(Layout.DENSE).to_dense(), weight.to_dense())
+    with pytest.raises(ValueError, match="PAIRS numbers at most 63488 columns, the weight has 6"):
+        weight.to_layout(Layout.PAIRS)
+
+
+def test_the_rarest_code_stands_for_pruned() -> None:
+    mask = torch.ones(16, 64, dtype=torch.bool)
+    mask[0, 0] = False
+    codes = torch.zeros(16 * 64 - 1, dtype=torch.uint8)
+    codes[1:4] = torch.tensor([3, 2, 1])
+    codes[10:20], codes[20:30] = 1, 2
+    weight = QuantSparseWeight.from_mask(mask, codes, torch.arange(4.0)).to_layout(Layout.DENSE)
+    head = weight.positions.numpy()[:14].view("<i2")
+    assert head.tolist() == [3, 0, 0, 0, 1, 0, 2]  # code 3; one escape, in row 0, column 2
+    assert np.array_equal(weight.to_csr()[2].numpy(), codes.numpy())
