@@ -91,6 +91,11 @@ def has_cuda() -> bool:
     return _cuda is not None
 
 
+def is_emulated() -> bool:
+    """Whether `_cuda` is the tests' emulation, which computes on CPU tensors."""
+    return _cuda is not None and _cuda.architectures == "emulated"
+
+
 def cuda_devices() -> int:
     """CUDA devices that `_cuda` can use; 0 when it was not built."""
     return _cuda.device_count() if _cuda is not None else 0
@@ -305,6 +310,78 @@ def device_kmeans_assign(
         workspace=workspace.data_ptr(),
         queue=_queue(points),
     )
+
+
+class GradY(NamedTuple):
+    """grad_y[n, m] at (n / pixels) image_stride + (n % pixels) pixel_stride + m row_stride."""
+
+    grad_y: Tensor
+    pixels: int
+    image_stride: int
+    pixel_stride: int
+    row_stride: int
+
+
+def device_linear_backward_plan(weight: Weight, x: Tensor, wanted: tuple[bool, bool]) -> Any:
+    """How `device_linear_backward` is cut up: warps (0: impossible), columns, chunks, splits,
+    partials.
+    """
+    return _cuda.linear_backward_plan(
+        _device_weight(weight), _dtype(x), x.shape[0], *wanted, device_index(x)
+    )
+
+
+def device_linear_backward(
+    weight: Weight,
+    plan: Any,
+    x: Tensor,
+    grad_y: Tensor,
+    grad_x: Tensor | None,
+    grad_codebook: Tensor | None,
+) -> None:
+    """Fills what is given: grad_x float32 [splits, N, K], grad_codebook float64 [partials, 2^bits].
+
+    Both are to be summed over their first dimension. x is [N, K] contiguous, grad_y
+    [chunks, M, columns] with zeros behind N; both float16 or bfloat16.
+    """
+    _cuda.linear_backward(
+        _device_weight(weight),
+        _dtype(x),
+        plan,
+        N=x.shape[0],
+        x=x.data_ptr(),
+        x_stride=x.shape[1],
+        grad_y=grad_y.data_ptr(),
+        grad_x=_pointer(grad_x),
+        grad_codebook=_pointer(grad_codebook),
+        queue=_queue(x),
+    )
+
+
+def device_codebook_gradient(
+    weight: Weight, source: Source, grad_y: GradY, N: int, first: int, rows: int
+) -> Tensor:
+    """The gradient of the codebook, float64 [2^bits], from rows first .. first + rows - 1.
+
+    source and grad_y have one dtype; products of float32 are exact to float32.
+    """
+    x = source.x
+    native = _device_weight(weight)
+    plan = _cuda.codebook_gradient_plan(native, _dtype(x), first, rows, N, device_index(x))
+    partial = x.new_empty((plan.blocks, 1 << weight.bits), dtype=torch.float64)
+    _cuda.codebook_gradient(
+        native,
+        _dtype(x),
+        plan,
+        first=first,
+        rows=rows,
+        N=N,
+        source=_source(source),
+        grad_y=_cuda.GradYSource(grad_y.grad_y.data_ptr(), *grad_y[1:]),
+        partial=partial.data_ptr(),
+        queue=_queue(x),
+    )
+    return partial.sum(0)
 
 
 def _queue(tensor: Tensor) -> Any:

@@ -41,12 +41,12 @@ def linear(weight: _native.Weight, x: Tensor, bias: Tensor | None, relu: bool) -
     direct_columns = _DIRECT_COLUMNS if tensor_cores else _EXACT_COLUMNS
     direct = direct_columns >= N
     if way != "decode" and (direct or (way == "direct" and not tensor_cores)):
-        source = _rows(x)
+        source = rows_of(x)
         out = _output_rows(weight, y, bias, relu, _direct_splits(weight, x))
         _native.device_direct(weight, source, out)
         return y
     if way != "decode" and tensor_cores and (N <= _MATMUL_COLUMNS or way == "direct"):
-        source = _rows(x)
+        source = rows_of(x)
         out = _output_rows(weight, y, bias, relu, _matmul_splits(weight, x, N))
         if _native.device_matmul_fits(weight, source, out):
             _native.device_matmul(weight, source, out)
@@ -91,7 +91,7 @@ def conv2d(
     N = shape["batch"] * shape["out_height"] * shape["out_width"]
     small = N <= _MATMUL_PIXELS or way == "direct"
     tensor_cores = has_tensor_cores(x, _tf32_conv())
-    if way != "decode" and small and shape["groups"] == 1 and tensor_cores and _addressable(x):
+    if way != "decode" and small and shape["groups"] == 1 and tensor_cores and addressable(x):
         source = _native.Source(x, shape=shape)
         splits = _matmul_splits(weight, x, N)
         while splits <= _steps(weight):
@@ -205,7 +205,7 @@ def _tf32_conv() -> bool:
     return torch.backends.cudnn.allow_tf32
 
 
-def _rows(x: Tensor) -> _native.Source:
+def rows_of(x: Tensor) -> _native.Source:
     """x [N, K] with rows on 16 bytes and zeros up to a multiple of 64; as it is where it can be."""
     K = x.shape[1]
     if K % 64 or not x.is_contiguous() or not _native.on_16_bytes(x):
@@ -213,7 +213,7 @@ def _rows(x: Tensor) -> _native.Source:
     return _native.Source(x, max(x.shape[1], 64))
 
 
-def _addressable(x: Tensor) -> bool:
+def addressable(x: Tensor) -> bool:
     """Whether int32 offsets reach every element."""
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return reach < 1 << 31

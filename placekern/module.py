@@ -148,12 +148,10 @@ class QuantSparseModule(nn.Module):
         # `to`, `cuda` and `cpu` come this way: the arrays change their layout with the device.
         before = torch.tensor([77], dtype=torch.uint8, device=self.codes.device)
         after = fn(before)
-        moved = after.device.type != before.device.type and "meta" not in (
-            after.device.type,
-            before.device.type,
-        )
+        filled = not (before.is_meta or after.is_meta)
+        wrong = (self._layout in DEVICE_LAYOUTS) != after.is_cuda
         # `to_empty` moves no content, and there is none to repack until a state_dict is loaded.
-        if moved and int(after[0]) == 77:
+        if filled and wrong and int(after[0]) == 77:
             weight = self.weight
             packed = weight.to_layout(weight.best_layout(after.device.type))
             self._layout = packed.layout

@@ -190,6 +190,16 @@ def test_kmeans_does_not_depend_on_the_order_or_a_seed() -> None:
     assert torch.equal(fit_kmeans(points[torch.randperm(5000)], 16), first)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("n", [0, 5, 31, 32, 5000, 300_000])
+def test_kmeans_runs_where_the_values_are(n: int) -> None:
+    points = torch.randn(n)
+    for fit in (fit_kmeans, fit_uniform):
+        centroids = fit(points.cuda(), 32)
+        assert centroids.is_cuda
+        torch.testing.assert_close(centroids.cpu(), fit(points, 32), rtol=1e-6, atol=1e-7)
+
+
 def test_uniform_levels_are_equally_spaced_between_the_extremes() -> None:
     values = torch.randn(1000) + 3
     levels = fit_uniform(values, 32)

@@ -157,15 +157,16 @@ def test_sums_stay_accurate_when_all_points_are_equal(gpu: Gpu, clusters: int) -
     points = torch.full((300_000,), 0.1)
     _, sums, _ = assign(gpu, gpu.tensor(points), torch.linspace(-1, 1, clusters))
     right = points.double().sum()
-    assert abs(sums.sum() - right) <= 2e-6 * right
+    assert abs(sums.sum() - right) <= 2e-5 * right
 
 
 def test_sums_move_to_float64_before_they_lose_bits(gpu: Gpu) -> None:
-    """256 of these points fill the 24 bits of a float32; on 4 multiprocessors a lane gets 600."""
-    points = torch.full((1_250_003,), 65_535.0)
-    _, sums, counts = assign(gpu, gpu.tensor(points), torch.tensor([0.0, 70_000.0]))
-    assert sums.tolist() == [0.0, 65_535.0 * len(points)]
-    assert counts.tolist() == [0, len(points)]
+    """64 of each fill the 24 bits of a float32; on 4 multiprocessors a lane gets 150 of each."""
+    centroids = torch.tensor([262_143.0, 262_141.0, 262_139.0, 262_137.0])
+    points = centroids.repeat(312_500)
+    _, sums, counts = assign(gpu, gpu.tensor(points), centroids)
+    assert sums.tolist() == (312_500 * centroids.double()).tolist()
+    assert counts.tolist() == [312_500] * 4
 
 
 def test_whole_numbers_are_summed_exactly(gpu: Gpu) -> None:

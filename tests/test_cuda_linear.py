@@ -199,9 +199,19 @@ def test_float64_is_refused(gpu: Gpu) -> None:
 
 def test_without_the_cuda_module_an_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "_cuda", None)
-    weight = random_weight(4, 8, 1, 5).to_layout(Layout.DENSE)
     with pytest.raises(RuntimeError, match="built without CUDA; reinstall it with PLACEKERN_CUDA"):
-        ops.linear(torch.zeros(1, 8), weight)
+        device.check("linear", torch.zeros(1, 8))
+
+
+def test_a_layout_of_the_other_device_is_refused_and_to_repairs_it() -> None:
+    layer = pk.QuantSparseLinear(8, 4, bits=5)
+    x = torch.randn(2, 8)
+    expected = layer(x)
+    layer.weight = layer.weight.to_layout(Layout.DENSE)
+    with pytest.raises(ValueError, match=r"layout DENSE, which is not for cpu; move the layer wit"):
+        layer(x)
+    layer.to("cpu")
+    assert torch.equal(layer(x), expected)
 
 
 def test_modules_change_their_layout_with_the_device() -> None:

@@ -23,8 +23,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": set(),
     "_native": {"_cpu", "_cuda"},
     "device": {"_native", "packing"},
+    "device_backward": {"_native", "packing", "device"},
 }
-MAY_IMPORT["ops"] = MAY_IMPORT["weight"] | {"_native", "weight", "device"}
+MAY_IMPORT["ops"] = MAY_IMPORT["weight"] | {"_native", "weight", "device", "device_backward"}
 MAY_IMPORT["module"] = MAY_IMPORT["weight"] | {"weight"}
 MAY_IMPORT["nn"] = MAY_IMPORT["module"] | {"module", "ops"}
 MAY_IMPORT["io"] = MAY_IMPORT["nn"] | {"nn", "reference", "_version"}

@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "codebook_gradient.h"
 #include "kmeans_assign.h"
+#include "linear_backward.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -125,5 +127,44 @@ PYBIND11_MODULE(_cuda, m) {
         },
         py::kw_only(), py::arg("n"), py::arg("count"), py::arg("points"), py::arg("centroids"),
         py::arg("codes"), py::arg("sums"), py::arg("counts"), py::arg("workspace"),
+        py::arg("queue"), Released());
+    py::class_<LinearBackwardPlan>(m, "LinearBackwardPlan", py::module_local())
+        .def_readonly("warps", &LinearBackwardPlan::warps)
+        .def_readonly("columns", &LinearBackwardPlan::columns)
+        .def_readonly("chunks", &LinearBackwardPlan::chunks)
+        .def_readonly("splits", &LinearBackwardPlan::splits)
+        .def_readonly("partials", &LinearBackwardPlan::partials);
+    m.def("linear_backward_plan", &linear_backward_plan);
+    m.def(
+        "linear_backward",
+        [](const DeviceWeight& weight, Dtype dtype, const LinearBackwardPlan& plan, int64_t N,
+           uintptr_t x, int64_t x_stride, uintptr_t grad_y, uintptr_t grad_x,
+           uintptr_t grad_codebook, const Queue& queue) {
+            linear_backward({weight, dtype, plan, N, address(x), x_stride, address(grad_y),
+                             address<float>(grad_x), address<double>(grad_codebook)},
+                            queue);
+        },
+        py::arg("weight"), py::arg("dtype"), py::arg("plan"), py::kw_only(), py::arg("N"),
+        py::arg("x"), py::arg("x_stride"), py::arg("grad_y"), py::arg("grad_x"),
+        py::arg("grad_codebook"), py::arg("queue"), Released());
+    py::class_<GradYSource>(m, "GradYSource", py::module_local())
+        .def(py::init([](uintptr_t grad_y, int64_t pixels, int64_t image_stride,
+                         int64_t pixel_stride, int64_t row_stride) {
+            return GradYSource{address(grad_y), pixels, image_stride, pixel_stride, row_stride};
+        }));
+    py::class_<CodebookGradientPlan>(m, "CodebookGradientPlan", py::module_local())
+        .def_readonly("blocks", &CodebookGradientPlan::blocks);
+    m.def("codebook_gradient_plan", &codebook_gradient_plan);
+    m.def(
+        "codebook_gradient",
+        [](const DeviceWeight& weight, Dtype dtype, const CodebookGradientPlan& plan, int64_t first,
+           int64_t rows, int64_t N, const Source& source, const GradYSource& grad_y,
+           uintptr_t partial, const Queue& queue) {
+            codebook_gradient(
+                {weight, dtype, plan, first, rows, N, source, grad_y, address<double>(partial)},
+                queue);
+        },
+        py::arg("weight"), py::arg("dtype"), py::arg("plan"), py::kw_only(), py::arg("first"),
+        py::arg("rows"), py::arg("N"), py::arg("source"), py::arg("grad_y"), py::arg("partial"),
         py::arg("queue"), Released());
 }

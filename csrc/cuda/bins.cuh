@@ -51,8 +51,8 @@ struct CodeBins {
         for (int row = 0; row < kRows; ++row) at<float>(own, row * kRowBytes) = 0.0f;
     }
 
-    // Adds four values with one wait for shared memory; Values of equal
-    // codes are added to the later one beforehand: its store comes last and holds them all.
+    // Adds four values with one wait for shared memory. Values of equal codes are added to the
+    // later one beforehand: its store comes last and holds them all.
     __device__ __forceinline__ void add(const int (&offset)[4], const float (&value)[4]) const {
         float old[4], sum[4];
 #pragma unroll
@@ -88,11 +88,11 @@ struct CodeBins {
 // has other work in between does not wait.
 class RunFinder {
   public:
-    __device__ RunFinder(const DeviceWeight& weight, int64_t window, int lanes)
+    __device__ RunFinder(const DeviceWeight& weight, int windows, int window, int lanes)
         : counts_(weight.run_chunks()),
           chunk_ptr_(weight.chunk_ptr()),
-          windows_(weight.windows()),
-          window_(static_cast<int>(window)),
+          windows_(windows),
+          window_(window),
           lanes_(lanes),
           own_(static_cast<int>(threadIdx.x) % lanes) {}
 
@@ -140,8 +140,7 @@ class RunFinder {
 
     const uint8_t* counts_;
     const int* chunk_ptr_;
-    int64_t windows_;
-    int window_, lanes_, own_;
+    int windows_, window_, lanes_, own_;
     const uint32_t* words_;
     int lead_, count_, row_first_, chunks_;
     uint32_t held_[kHeld];

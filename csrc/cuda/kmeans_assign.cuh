@@ -150,8 +150,9 @@ class Search {
 };
 
 // Sums and counts of the points of a warp. The float32 sums move to float64 every `flush_tiles()`
-// tiles of 16 points a lane: none is of more than 4,096 points, and a flush, that reads `count` of
-// them a lane, costs at most a sixteenth of a read per point.
+// tiles of 16 points a lane, so that none is of more than 4,096 points. When these are all equal,
+// the worst case, they are added in fours, and one part in 50,000 is lost. A flush reads `count`
+// sums a lane: at most a sixteenth of a read per point.
 class Bins {
   public:
     // `largest`: a size that points have.
@@ -177,22 +178,22 @@ class Bins {
         atomicAdd(counts_ + code * kCopies, 1u);
     }
 
-    // Four points with one wait for shared memory: of equal codes, a later point goes on from an
-    // earlier one's sum, and the last store holds all.
+    // Four points with one wait for shared memory. Points of equal codes are added up first, while
+    // the bins are on their way; the last of them takes them all along, and its store comes last.
     __device__ __forceinline__ void add(const int (&c)[4], const float (&x)[4]) {
-        float sums[4];
+        float sums[4], together[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[i] = sums_[c[i] * kWarp];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            float from = sums[i];
+            float before = 0.0f;
 #pragma unroll
-            for (int j = 0; j < i; ++j) from = c[j] == c[i] ? sums[j] : from;
-            sums[i] = from + x[i] * unit_;
+            for (int j = 0; j < i; ++j) before = c[j] == c[i] ? together[j] : before;
+            together[i] = before + x[i] * unit_;
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            sums_[c[i] * kWarp] = sums[i];
+            sums_[c[i] * kWarp] = sums[i] + together[i];
             atomicAdd(counts_ + c[i] * kCopies, 1u);
         }
     }

@@ -122,7 +122,7 @@ class CompressConfig:
                 f"weight[{row}, {column}] is {matrix[row, column].item()}, expected finite weights"
             )
         mask = self.mask(matrix)
-        values = matrix[mask].cpu()
+        values = matrix[mask]
         fit = quantize.fit_kmeans if self.method == "kmeans" else quantize.fit_uniform
         codebook = fit(values, 1 << self.bits)
         codes, _, _ = ops.kmeans_assign(values, codebook)

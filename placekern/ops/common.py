@@ -90,10 +90,10 @@ def check_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None
     w = weight
     if w.layout not in _LAYOUTS:
         raise ValueError(f"{op}: layout is {w.layout}, expected {list(map(int, Layout))}")
-    if w.layout not in DEVICE_LAYOUTS and x.is_cuda:
+    if (w.layout in DEVICE_LAYOUTS) != x.is_cuda and not (_native.is_emulated() or x.is_meta):
         raise ValueError(
-            f"{op}: the weight is in the CPU's {Layout(w.layout).name} layout, but x is on "
-            f"{x.device}; move the layer with .to({str(x.device)!r})"
+            f"{op}: the weight is in layout {Layout(w.layout).name}, which is not for {x.device}; "
+            f"move the layer with .to({str(x.device)!r})"
         )
     for name, tensor in (("row_ptr", w.row_ptr), ("positions", w.positions), ("codes", w.codes)):
         if not tensor.is_contiguous():
@@ -169,14 +169,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def ready(weight: _native.Weight, dtype: torch.dtype) -> _native.Weight:
     """The weight with its codebook in the dtype that the kernel computes in."""
     return weight._replace(codebook=weight.codebook.detach().to(dtype).contiguous())
-
-
-def no_cuda(op: str, x: Tensor) -> None:
-    """Refuses CUDA tensors where an op has no CUDA kernel."""
-    if x.is_cuda:
-        raise NotImplementedError(
-            f"{op} has no CUDA kernel yet; move the layer and its input to the CPU"
-        )
 
 
 def codebook_sums(weight: _native.Weight) -> Tensor:

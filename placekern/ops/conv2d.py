@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, device
+from .. import _native, device, device_backward
 from ..packing import DEVICE_LAYOUTS
 from ..weight import QuantSparseWeight
 from . import common
@@ -163,8 +163,17 @@ def _conv2d_backward_fake(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor
 def _conv2d_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     weight, sizes, wanted = common.weight(*args[:7]), args[7:12], args[12]
     common.check_weight("conv2d_backward", x, weight, None)
-    common.no_cuda("conv2d_backward", x)
     shape = _conv2d_shape(x, weight, *sizes)
+    if weight.layout in DEVICE_LAYOUTS:
+        grad_x, sums = device_backward.conv2d_backward(
+            weight, shape, sizes[2], x.detach(), grad_y.detach().to(x.dtype), tuple(wanted)
+        )
+        if grad_x is not None:
+            grad_x = grad_x.contiguous(memory_format=_memory_format(x))
+        return (
+            x.new_empty(0) if grad_x is None else grad_x,
+            common.as_codebook_gradient(weight, sums),
+        )
     dtype = common.compute_dtype(x)
     image = x.detach().to(dtype)
     grad_x = torch.zeros_like(image, memory_format=_memory_format(x)) if wanted[0] else None

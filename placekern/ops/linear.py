@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, device
+from .. import _native, device, device_backward
 from ..packing import DEVICE_LAYOUTS
 from ..weight import QuantSparseWeight
 from . import common
@@ -73,7 +73,14 @@ def _linear_backward_fake(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor
 def _linear_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     weight, wanted = common.weight(*args[:7]), args[7]
     _linear_check(x, weight, None)
-    common.no_cuda("linear_backward", x)
+    if weight.layout in DEVICE_LAYOUTS:
+        rows = x.detach().reshape(x.shape[:-1].numel(), weight.K)
+        grad_rows = grad_y.detach().to(x.dtype).reshape(rows.shape[0], weight.M)
+        grad_x, sums = device_backward.linear_backward(weight, rows, grad_rows, tuple(wanted))
+        return (
+            x.new_empty(0) if grad_x is None else grad_x.view(x.shape),
+            common.as_codebook_gradient(weight, sums),
+        )
     dtype = common.compute_dtype(x)
     flat = x.detach().reshape(x.shape[:-1].numel(), weight.K).to(dtype).contiguous()
     flat_grad_y = grad_y.detach().reshape(flat.shape[0], weight.M).to(dtype).contiguous()

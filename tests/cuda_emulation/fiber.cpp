@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <new>
 
@@ -116,14 +117,17 @@ void adopt([[maybe_unused]] Fiber& fiber) {
 #endif
 }
 
-void Fiber::restart(void (*entry)()) {
+void Fiber::restart(void (*entry)(), [[maybe_unused]] int number) {
     if (stack_ == nullptr) {
         // Tops at different distances from a page: the stacks share the sets of the caches.
         static size_t stacks = 0;
         stack_ = new_stack();
         bytes_ = kStack - stacks++ % 32 * 128;
 #ifdef EMULATED_THREAD_SANITIZER
+        char name[32];
+        std::snprintf(name, sizeof(name), "thread %d of a block", number);
         thread_ = __tsan_create_fiber(0);
+        __tsan_set_fiber_name(thread_, name);
 #endif
     }
     fake_stack_ = nullptr;

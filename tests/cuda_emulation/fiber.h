@@ -14,8 +14,8 @@ class Fiber {
     Fiber& operator=(const Fiber&) = delete;
 
     // What the fiber does at the next switch to it: `entry`, on an empty stack. It must never
-    // return. Whatever the fiber did before is dropped.
-    void restart(void (*entry)());
+    // return. Whatever the fiber did before is dropped. The number is its name in reports.
+    void restart(void (*entry)(), int number);
 
     // To be called before a restart where the last run did not come to its end.
     void abandon();

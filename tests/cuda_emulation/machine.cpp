@@ -192,7 +192,7 @@ void run_block(unsigned number) {
         thread.index = {i % blockDim.x, row % blockDim.y, row / blockDim.y};
         thread.left = thread.fenced = false;
         thread.first_copy = thread.last_copy = thread.atomic_count = 0;
-        thread.fiber.restart(thread_entry);
+        thread.fiber.restart(thread_entry, i);
     }
     schedule.start(count);
     schedule.wake(0, count);

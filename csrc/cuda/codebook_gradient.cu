@@ -1,0 +1,269 @@
+// The gradient of a codebook: the sum over the positions of each code of G = grad_y^T X^T, which is
+// never written. A block has 128 rows and 128 columns (slots) of the weight and adds up its part of
+// G in registers over a piece of N; only then are codes read, and G is added to bins.
+//
+// A warp has 32 rows and 64 slots, which are two units of the dense layout: lane 4 g + q ends with
+// G of rows g, g + 8, g + 16, g + 24 and of slots 16 q to 16 q + 15, the elements whose codes it
+// would own there (layout.cuh). Slots 2q, 2q + 1 of product j stand for slots 16 q + 2 j, + 1.
+//
+// What limits it: with many columns, instructions that gather windows of an image (16 elements a
+// thread for 16 products a warp), or float32 multiply-adds; with few, bins.
+#include "codebook_gradient.cuh"
+
+#include <algorithm>
+
+namespace placekern::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / kWarp;
+
+// Codes of a unit of the pairs layout, as offsets of their bins; rows are padded for the banks.
+constexpr int kCodeStride = kUnitColumns + 8;
+constexpr int kCodeBytes = kUnitRows * kCodeStride * static_cast<int>(sizeof(uint16_t));
+
+template <int kWidth, bool kPairs>
+constexpr int kSetBytes = CodeBins<kWidth>::kBytes + (kPairs ? kCodeBytes : 0);
+
+// Item i of the work. Blocks side by side have the same columns, which they read from the same
+// images.
+template <bool kPairs, int kStep>
+__device__ Item item_of(const CodebookGradientCall& call, int i) {
+    const CodebookGradientPlan& plan = call.plan;
+    Item item = {};
+    const int tile = i / plan.row_tiles % plan.column_tiles;
+    item.row0 = static_cast<int>(call.first) / kUnitRows * kUnitRows + i % plan.row_tiles * kTile;
+    item.windows = static_cast<int>(call.weight.windows());
+    item.window = tile / 2;
+    item.first_place = tile % 2 * kTile;
+    item.column0 = kPairs ? item.window * kPairsWindow + item.first_place : tile * kTile;
+    const int N = static_cast<int>(call.N);
+    const int steps = (N + kStep - 1) / kStep;
+    const int size = (steps + plan.splits - 1) / plan.splits * kStep;
+    item.n0 = min(i / plan.row_tiles / plan.column_tiles * size, N);
+    item.n_end = min(item.n0 + size, N);
+    return item;
+}
+
+// Adds a unit of G to the bins of its codes; where a row is not `real`, zeros.
+template <int kWidth, class F>
+__device__ __forceinline__ void add_unit(const CodeBins<kWidth>& bins, const float (&sums)[8][4],
+                                         const bool (&real)[2], F offset_of) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const int offset[4] = {offset_of(2 * j), offset_of(2 * j + 1), offset_of(16 + 2 * j),
+                               offset_of(17 + 2 * j)};
+        const float value[4] = {real[0] ? sums[j][0] : 0.0f, real[0] ? sums[j][1] : 0.0f,
+                                real[1] ? sums[j][2] : 0.0f, real[1] ? sums[j][3] : 0.0f};
+        bins.add(offset, value);
+    }
+}
+
+// Adds a unit of G to bins. Rows of other groups add zeros.
+template <int kWidth>
+__device__ void add_dense(const CodebookGradientCall& call, int m, int column,
+                          const float (&sums)[8][4], const CodeBins<kWidth>& bins, int lane) {
+    const DeviceWeight& weight = call.weight;
+    if (m >= weight.M || column >= weight.K) return;
+    const int64_t unit = m / kUnitRows * weight.units() + column / kUnitColumns;
+    const auto codes = load_codes<kWidth>(weight.codes + unit * kUnitBytes<kWidth>, lane);
+    const bool real[2] = {is_of(call, m + lane / 4), is_of(call, m + 8 + lane / 4)};
+    add_unit(bins, sums, real, [&](int j) { return CodeBins<kWidth>::offset(codes, j); });
+    if (!has_escapes(weight)) return;
+    for_escapes(weight, unit, [&](int row, int at) {
+        if (!is_of(call, m + row) || owner_of(row, at) != lane) return;
+        const int own = element_of(row, at);
+        float value = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kUnitCodes; ++j)
+            value = j == own ? sums[j % 16 / 2][j / 16 * 2 + j % 2] : value;
+        bins.add_spare(value);
+    });
+}
+
+// Likewise; the codes of the unit are written into a tile first.
+template <int kWidth>
+__device__ void add_pairs(const CodebookGradientCall& call, int m, const Item& item, int first_slot,
+                          const float (&sums)[8][4], const CodeBins<kWidth>& bins,
+                          unsigned char* codes, int lane) {
+    constexpr uint32_t kAbsent = CodeBins<kWidth>::kSpare * CodeBins<kWidth>::kRowBytes * 0x10001u;
+    constexpr int kRowLanes = kWarp / kUnitRows;
+    const int row = lane / kRowLanes;
+    RunFinder finder(call.weight, item.windows, item.window, kRowLanes);
+    const int first_place = item.first_place + first_slot;
+    finder.start(m + row, is_of(call, m + row) ? m + row + 1 : 0);
+    for (int i = lane; i < kCodeBytes / 16; i += kWarp)
+        at<uint4>(codes, 16 * i) = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);
+    const auto* const chunks = reinterpret_cast<const uint4*>(call.weight.codes) + finder.find();
+    __syncwarp();
+    for (int c = lane % kRowLanes; c < finder.chunks(); c += kRowLanes) {
+        const uint4 chunk = __ldg(chunks + c);
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) {
+            const int place = static_cast<int>(chunk_byte(chunk, j));
+            const int slot = place - first_place;
+            const unsigned offset = chunk_byte(chunk, kChunk + j) * CodeBins<kWidth>::kRowBytes;
+            if (place < kPairsWindow && slot >= 0 && slot < kUnitColumns)
+                at<uint16_t>(codes, 2 * (row * kCodeStride + slot)) = static_cast<uint16_t>(offset);
+        }
+    }
+    __syncwarp();
+    uint32_t word[kUnitCodes / 2];
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+        const uint4 four = at<uint4>(
+            codes, 2 * ((v / 2 * 8 + lane / 4) * kCodeStride + lane % 4 * 16 + v % 2 * 8));
+        word[4 * v] = four.x;
+        word[4 * v + 1] = four.y;
+        word[4 * v + 2] = four.z;
+        word[4 * v + 3] = four.w;
+    }
+    __syncwarp();  // read; the next unit may be written
+    add_unit(bins, sums, {true, true}, [&](int j) {
+        return static_cast<int>(j % 2 == 0 ? word[j / 2] & 0xffff : word[j / 2] >> 16);
+    });
+}
+
+template <int kWidth, bool kPairs, class T>
+__global__ void __launch_bounds__(kThreads, 2) gradient(CodebookGradientCall call) {
+    using Bins = CodeBins<kWidth>;
+    constexpr int kSet = kSetBytes<kWidth, kPairs>;
+    const DeviceWeight& weight = call.weight;
+    const int lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarp;
+    const int zero = kPairs ? -1 : zero_code(weight);
+    const int items = call.plan.row_tiles * call.plan.column_tiles * call.plan.splits;
+    for (int i = blockIdx.x; i < items; i += gridDim.x) {
+        Item& item = at<Item>(placekern_shared, kItem);
+        if (threadIdx.x == 0) item = item_of<kPairs, kSpan<T>>(call, i);
+        __syncthreads();
+        if (call.source.image)
+            fill_taps(&at<Tap>(placekern_shared, kTaps), kTile, item.column0, weight.K,
+                      call.source);
+        fill_points<T>(call, item, 0);
+        __syncthreads();
+        Fetch<T> fetch;
+        fetch.load(call, item, 0);
+        fetch.store(call, 0);
+        __syncthreads();
+        Sums sums = {};
+        for (int stage = 0; item.n0 + stage * kSpan<T> < item.n_end; ++stage) {
+            const int tile = stage % 2;
+            fetch.load(call, item, stage + 1);  // zeros behind the last one
+            if (stage % kBatch == 0) fill_points<T>(call, item, stage / kBatch + 1);
+            multiply<T>(sums, tile, lane, warp);
+            fetch.store(call, 1 - tile);
+            __syncthreads();
+        }
+
+        unsigned char* const all_bins = placekern_shared + kBins;
+#pragma unroll 1
+        for (int byte = 16 * threadIdx.x; byte < call.plan.sets * kSet; byte += 16 * kThreads)
+            at<uint4>(all_bins, byte) = make_uint4(0, 0, 0, 0);
+        for (int round = 0; round < kWarps / call.plan.sets; ++round) {
+            __syncthreads();
+            if (warp / call.plan.sets != round) continue;
+            const int turn = round * call.plan.sets + warp % call.plan.sets;  // warp, found anew
+            unsigned char* const set = all_bins + warp % call.plan.sets * kSet;
+            const Bins bins = Bins::of(set, lane);
+            const int first_slot = turn / kRowWarps * kUnitColumns;
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                const int m = item.row0 + turn % kRowWarps * 32 + b * kUnitRows;
+                if constexpr (kPairs)
+                    add_pairs(call, m, item, first_slot, sums[b], bins, set + Bins::kBytes, lane);
+                else
+                    add_dense(call, m, item.column0 + first_slot, sums[b], bins, lane);
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x < 1 << weight.bits) {
+            double& total = call.partial[(blockIdx.x << weight.bits) + threadIdx.x];
+            double sum = i == blockIdx.x ? 0.0 : total;
+            for (int set = 0; set < call.plan.sets; ++set)
+                sum += Bins::total(all_bins + set * kSet, threadIdx.x, zero);
+            total = sum;
+        }
+        __syncthreads();  // bins are read; the next tiles may take their place
+    }
+}
+
+// Calls f with the kernel, the bytes of a set of bins and those of the tiles.
+template <class F>
+void with_kernel(const DeviceWeight& weight, Dtype dtype, F f) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        const bool pairs = weight.layout == Layout::kPairs;
+        if (weight.width() == 5)
+            pairs ? f(gradient<5, true, T>, kSetBytes<5, true>, kStageBytes<T>)
+                  : f(gradient<5, false, T>, kSetBytes<5, false>, kStageBytes<T>);
+        else
+            pairs ? f(gradient<8, true, T>, kSetBytes<8, true>, kStageBytes<T>)
+                  : f(gradient<8, false, T>, kSetBytes<8, false>, kStageBytes<T>);
+    });
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+    int value = 0;
+    PK_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device), "attribute ", name, " of device ",
+                  device);
+    return value;
+}
+
+}  // namespace
+
+CodebookGradientPlan codebook_gradient_plan(const DeviceWeight& weight, Dtype dtype, int64_t first,
+                                            int64_t rows, int64_t N, int device) {
+    CodebookGradientPlan plan = {1, 0, 0, 0, 0};
+    const int limit = shared_limit(device);
+    int64_t resident = 1;  // blocks that a multiprocessor holds
+    with_kernel(weight, dtype, [&](auto, int set, int stage) {
+        for (int sets = kWarps; sets > 1 && plan.sets == 1; sets /= 2)
+            if (2 * (kBins + sets * set) <= limit) plan.sets = sets;
+        if (2 * std::max(kBins + plan.sets * set, stage) <= limit) resident = 2;
+    });
+    if (rows == 0 || weight.K == 0 || N == 0) return plan;
+
+    plan.row_tiles = static_cast<int>((first % kUnitRows + rows + kTile - 1) / kTile);
+    plan.column_tiles = static_cast<int>((weight.K + kTile - 1) / kTile);
+    if (weight.layout == Layout::kPairs) {  // two a window, the last one perhaps with one
+        const int64_t last = weight.K - (weight.windows() - 1) * kPairsWindow;
+        plan.column_tiles = static_cast<int>(2 * weight.windows() - (last <= kTile ? 1 : 0));
+    }
+
+    // The fewest stages, one after the other, of the busiest multiprocessor. Adding a tile to bins
+    // takes about as long as sixteen.
+    const int64_t span = dtype == Dtype::kFloat32 ? kSpan<float> : kSpan<__half>;
+    const int64_t stages = (N + span - 1) / span;
+    const int64_t capacity = resident * attribute(cudaDevAttrMultiProcessorCount, device);
+    const int64_t tiles = int64_t{plan.row_tiles} * plan.column_tiles;
+    int64_t fewest = 0;
+    for (int splits = 1; splits <= std::min<int64_t>(stages, capacity); ++splits) {
+        const int64_t rounds = (tiles * splits + capacity - 1) / capacity;
+        const int64_t steps = rounds * ((stages + splits - 1) / splits + 16);
+        if (splits == 1 || steps < fewest) {
+            fewest = steps;
+            plan.splits = splits;
+        }
+    }
+    plan.blocks = std::min(tiles * plan.splits, capacity);
+    return plan;
+}
+
+void codebook_gradient(const CodebookGradientCall& call, const Queue& queue) {
+    const CodebookGradientPlan& plan = call.plan;
+    if (plan.blocks == 0) return;
+    const GradYSource& grad_y = call.grad_y;
+    const int64_t last = call.N - 1;
+    const int64_t reach = last / grad_y.pixels * grad_y.image_stride +
+                          std::min(last, grad_y.pixels - 1) * grad_y.pixel_stride;
+    PK_CHECK(last < INT32_MAX && reach <= INT32_MAX, "codebook_gradient: N = ", call.N,
+             " reaches element ", reach,
+             " of grad_y, expected less than 2^31; use smaller batches");
+    with_kernel(call.weight, call.dtype, [&](auto kernel, int set, int stage) {
+        const auto shared = static_cast<size_t>(std::max(kBins + plan.sets * set, stage));
+        launch(queue, kernel, dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared, call,
+               "codebook_gradient, rows = ", call.rows, ", K = ", call.weight.K, ", N = ", call.N);
+    });
+}
+
+}  // namespace placekern::cuda

@@ -1,0 +1,154 @@
+"""Gradients of the ops on weights in a GPU layout.
+
+The gradient of the codebook never passes through a dense gradient: kernels sum it by code while it
+is in registers. With some tens of rows of x, one kernel decodes each tile once for both gradients;
+beyond, or in float32, the gradient of x comes from the dense library on decoded slices.
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _native, device
+
+_FUSED_ROWS = 64
+
+
+def linear_backward(
+    weight: _native.Weight, x: Tensor, grad_y: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x [N, K], in x's dtype, and of the codebook, float64 [2^bits].
+
+    Args:
+        weight: [M, K].
+        x: float32, float16 or bfloat16 [N, K].
+        grad_y: [N, M], of x's dtype.
+        wanted: which of the two; None is returned for the other.
+
+    Raises:
+        NotImplementedError: x is float64.
+        RuntimeError: a launch failed; the message has its sizes.
+    """
+    device.check("linear_backward", x)
+    N, entries = x.shape[0], 1 << weight.bits
+    fused = x.dtype != torch.float32 and N <= _FUSED_ROWS and _native.way() != "decode"
+    if fused and (plan := _native.device_linear_backward_plan(weight, x, wanted)).warps:
+        grad_x = sums = None
+        if wanted[0]:
+            grad_x = x.new_empty((plan.splits, *x.shape), dtype=torch.float32)
+        if wanted[1]:
+            sums = x.new_empty((plan.partials, entries), dtype=torch.float64)
+        rows = F.pad(grad_y, (0, 0, 0, plan.chunks * plan.columns - N))
+        by_chunk = rows.view(plan.chunks, plan.columns, weight.M).transpose(1, 2).contiguous()
+        _native.device_linear_backward(weight, plan, x.contiguous(), by_chunk, grad_x, sums)
+        return (
+            None if grad_x is None else grad_x.sum(0).to(x.dtype),
+            None if sums is None else sums.sum(0),
+        )
+    grad_x = _grad_rows(weight, grad_y) if wanted[0] else None
+    if not wanted[1]:
+        return grad_x, None
+    rows = grad_y.contiguous()
+    strides = _native.GradY(rows, 1, weight.M, 0, 1)
+    source = device.rows_of(x)
+    return grad_x, _native.device_codebook_gradient(weight, source, strides, N, 0, weight.M)
+
+
+def conv2d_backward(
+    weight: _native.Weight,
+    shape: dict[str, int],
+    padding: list[int],
+    x: Tensor,
+    grad_y: Tensor,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x [batch, C, h, w], in x's dtype, and of the codebook, float64 [2^bits].
+
+    Args:
+        weight: [M, C / groups * kernel_h * kernel_w].
+        shape: the fields of ConvShape.
+        padding: (top, bottom, left, right) in pixels.
+        x: float32, float16 or bfloat16; any strides.
+        grad_y: [batch, M, out_h, out_w], of x's dtype.
+        wanted: which of the two; None is returned for the other.
+
+    Raises:
+        NotImplementedError: x is float64.
+        RuntimeError: a launch failed; the message has its sizes.
+    """
+    device.check("conv2d_backward", x)
+    grad_x = _grad_image(weight, shape, padding, x, grad_y) if wanted[0] else None
+    if not wanted[1]:
+        return grad_x, None
+    pixels = shape["out_height"] * shape["out_width"]
+    N = shape["batch"] * pixels
+    if not device.addressable(x):
+        raise ValueError(
+            f"conv2d_backward: x {tuple(x.shape)} with strides {x.stride()} reaches over 2^31 "
+            "elements; use a smaller batch"
+        )
+    image = grad_y.contiguous()
+    strides = _native.GradY(image, pixels, pixels * weight.M, 1, pixels)
+    groups = shape["groups"]
+    sums = None
+    for group in range(groups):
+        channels = slice(group * shape["channels"], (group + 1) * shape["channels"])
+        source = _native.Source(x[:, channels], shape=shape)
+        rows = weight.M // groups
+        part = _native.device_codebook_gradient(weight, source, strides, N, group * rows, rows)
+        sums = part if sums is None else sums + part
+    return grad_x, sums
+
+
+def _grad_rows(weight: _native.Weight, grad_y: Tensor) -> Tensor:
+    """grad_y [N, M] times the weight, by decoded slices; sums of slices are float32."""
+    total = None
+    for first, dense in device.slices(weight, grad_y):
+        part = grad_y[:, first : first + dense.shape[0]] @ dense
+        if dense.shape[0] == weight.M:
+            return part
+        total = part.float() if total is None else total.add_(part)
+    if total is None:
+        return grad_y.new_zeros(grad_y.shape[0], weight.K)
+    return total.to(grad_y.dtype)
+
+
+def _grad_image(
+    weight: _native.Weight,
+    shape: dict[str, int],
+    padding: list[int],
+    x: Tensor,
+    grad_y: Tensor,
+) -> Tensor:
+    top, bottom, left, right = padding
+    even = top == bottom and left == right
+    size = list(x.shape)
+    if not even:  # the gradient of the padded image, cut out below
+        size[2] += top + bottom
+        size[3] += left + right
+    kernel = (shape["channels"], shape["kernel_h"], shape["kernel_w"])
+    steps = (
+        (shape["stride_h"], shape["stride_w"]),
+        (top, left) if even else (0, 0),
+        (shape["dilation_h"], shape["dilation_w"]),
+    )
+    total = None
+    for channels, rows, dense, groups in device.group_slices(weight, shape, grad_y):
+        own = [size[0], dense.shape[1] // (kernel[1] * kernel[2]) * groups, *size[2:]]
+        part = torch.nn.grad.conv2d_input(
+            own, dense.view(-1, *kernel), grad_y[:, rows], *steps, groups
+        )
+        if dense.shape[0] == weight.M:
+            total = part
+            break
+        if total is None:
+            total = x.new_zeros(size, dtype=torch.float32)
+        total[:, channels] += part
+    if total is None:
+        total = x.new_zeros(size)
+    if not even:
+        total = total[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+    return total.to(x.dtype)

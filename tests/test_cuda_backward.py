@@ -1,0 +1,223 @@
+"""Gradients on CUDA against plain torch: the kernels' own source, emulated or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_weight, relative_error, with_codebook
+from torch import Tensor
+
+from placekern import QuantSparseWeight, _native, device, ops
+from placekern.packing import Layout
+
+if TYPE_CHECKING:
+    from conftest import Gpu
+
+LAYOUTS = [Layout.DENSE, Layout.PAIRS]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def any_way() -> Iterator[None]:
+    yield
+    _native.force_way("auto")
+
+
+@pytest.fixture
+def exact_conv() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def rounded(weight: QuantSparseWeight, dtype: torch.dtype) -> QuantSparseWeight:
+    """The weight with entries that dtype holds, so that only sums and results are rounded."""
+    return with_codebook(weight, weight.codebook.to(dtype).float())
+
+
+def codebook_gradient(weight: QuantSparseWeight, dense: Tensor) -> Tensor:
+    """The dense gradient [M, K] summed by code, in float64."""
+    row_ptr, columns, codes = weight.to_csr()
+    rows = torch.repeat_interleave(torch.arange(weight.shape[0]), row_ptr.diff().long())
+    sums = torch.zeros(1 << weight.bits, dtype=torch.float64)
+    return sums.index_add(0, codes.long(), dense[rows, columns.long()].double())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", ["auto", "decode"])
+@pytest.mark.parametrize(
+    ("M", "K", "N", "density", "bits"),
+    [
+        (1, 1, 1, 1.0, 8),
+        (17, 65, 2, 0.3, 8),
+        (70, 250, 3, 0.3, 5),
+        (33, 1000, 17, 0.15, 8),
+        (40, 300, 33, 0.5, 8),
+        (20, 130, 70, 1.0, 3),
+        (5, 0, 3, 0.5, 8),
+        (9, 64, 0, 0.5, 8),
+        (9, 300, 4, 0.0, 8),
+    ],
+)
+def test_linear_agrees_with_plain_torch(
+    gpu: Gpu,
+    any_way: None,
+    layout: Layout,
+    dtype: torch.dtype,
+    way: str,
+    M: int,
+    K: int,
+    N: int,
+    density: float,
+    bits: int,
+) -> None:
+    weight = rounded(random_weight(M, K, density, bits), dtype)
+    x, grad_y = torch.randn(N, K).to(dtype), torch.randn(N, M).to(dtype)
+    _native.force_way(way)
+    leaf = gpu.tensor(x.clone()).requires_grad_()
+    moved = gpu.weight(weight, layout)
+    codebook = moved.codebook.clone().requires_grad_()
+    bias = gpu.tensor(torch.randn(M)).requires_grad_()
+    ops.linear(leaf, with_codebook(moved, codebook), bias).backward(gpu.tensor(grad_y))
+
+    dense = weight.to_dense().double()
+    G = grad_y.double().T @ x.double()
+    squares = grad_y.double().square().T @ x.double().square()
+    error = relative_error(
+        codebook.grad.cpu(), codebook_gradient(weight, G), codebook_gradient(weight, squares)
+    )
+    assert error < 1e-5
+    terms = grad_y.double().square() @ dense.square()
+    precision = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert relative_error(leaf.grad.cpu(), grad_y.double() @ dense, terms) < precision
+    assert relative_error(bias.grad.cpu(), grad_y.double().sum(0)) < precision
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_gradient_alone(
+    gpu: Gpu, layout: Layout, wanted: tuple[bool, bool], dtype: torch.dtype
+) -> None:
+    weight = gpu.weight(random_weight(30, 200, 0.4, 8), layout)
+    x, grad_y = gpu.tensor(torch.randn(20, 200).to(dtype)), torch.randn(20, 30).to(dtype)
+    results = []
+    for both in (False, True):
+        leaf = x.clone().requires_grad_(both or wanted[0])
+        codebook = weight.codebook.clone().requires_grad_(both or wanted[1])
+        ops.linear(leaf, with_codebook(weight, codebook)).backward(gpu.tensor(grad_y))
+        results.append((leaf.grad, codebook.grad))
+    for alone, together, asked in zip(*results, wanted, strict=True):
+        if asked:
+            assert relative_error(alone, together) < 1e-5
+        else:
+            assert alone is None
+
+
+def test_gradients_are_the_same_every_time(gpu: Gpu) -> None:
+    weight = gpu.weight(random_weight(100, 700, 0.5, 8))
+    for dtype in DTYPES:
+        x, grad_y = torch.randn(24, 700).to(dtype), torch.randn(24, 100).to(dtype)
+        results = []
+        for _ in range(3):
+            leaf = gpu.tensor(x).requires_grad_()
+            codebook = weight.codebook.clone().requires_grad_()
+            y = ops.linear(leaf, with_codebook(weight, codebook), relu=True)
+            y.backward(gpu.tensor(grad_y))
+            results.append((leaf.grad, codebook.grad))
+        for result in results[1:]:
+            assert torch.equal(result[0], results[0][0])
+            assert torch.equal(result[1], results[0][1])
+
+
+CASES: list[dict[str, Any]] = [
+    {"channels": 3, "M": 20, "size": (9, 7), "kernel_size": (3, 3), "padding": (1, 1)},
+    {"channels": 2, "M": 5, "size": (11, 13), "kernel_size": (5, 3), "stride": (2, 3)},
+    {
+        "channels": 8,
+        "M": 17,
+        "size": (8, 9),
+        "kernel_size": (3, 2),
+        "padding": (2, 1, 0, 1),
+        "dilation": (2, 3),
+    },
+    {"channels": 4, "M": 6, "size": (5, 5), "kernel_size": (3, 3), "groups": 2},
+    {"channels": 6, "M": 6, "size": (5, 4), "kernel_size": (2, 2), "groups": 6},
+    {"channels": 30, "M": 70, "size": (3, 3), "kernel_size": (3, 3)},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_conv2d_agrees_with_plain_torch(
+    gpu: Gpu,
+    exact_conv: None,
+    case: dict[str, Any],
+    layout: Layout,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> None:
+    sizes = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1} | case
+    channels, M, size = sizes.pop("channels"), sizes.pop("M"), sizes.pop("size")
+    kernel = sizes["kernel_size"]
+    K = channels // sizes["groups"] * kernel[0] * kernel[1]
+    weight = rounded(random_weight(M, K, 0.4, 8), dtype)
+    x = torch.randn(3, channels, *size).to(dtype)
+
+    leaf = gpu.tensor(x.clone(memory_format=memory_format)).requires_grad_()
+    moved = gpu.weight(weight, layout)
+    codebook = moved.codebook.clone().requires_grad_()
+    y = ops.conv2d(leaf, with_codebook(moved, codebook), **sizes)
+    grad_y = torch.randn(y.shape).to(dtype)
+    y.backward(gpu.tensor(grad_y).contiguous(memory_format=memory_format))
+
+    pad = sizes["padding"]
+    top, bottom, left, right = pad if len(pad) == 4 else (pad[0], pad[0], pad[1], pad[1])
+
+    def gradients(x: Tensor, dense: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+        x, dense = x.detach().requires_grad_(), dense.detach().requires_grad_()
+        image = F.pad(x, (left, right, top, bottom))
+        view = dense.view(M, -1, *kernel)
+        F.conv2d(
+            image, view, None, sizes["stride"], 0, sizes["dilation"], sizes["groups"]
+        ).backward(grad_y)
+        return x.grad, dense.grad
+
+    dense = weight.to_dense().double()
+    grad_x, G = gradients(x.double(), dense, grad_y.double())
+    terms, squares = gradients(x.double().square(), dense.square(), grad_y.double().square())
+    error = relative_error(
+        codebook.grad.cpu(), codebook_gradient(weight, G), codebook_gradient(weight, squares)
+    )
+    assert error < 1e-5
+    precision = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert leaf.grad.is_contiguous(memory_format=memory_format)
+    assert relative_error(leaf.grad.cpu(), grad_x, terms) < precision
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_slices_of_rows_add_up(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    monkeypatch.setattr(device, "SCRATCH_BYTES", 1)  # slices of 16 rows; a group has 20
+    weight = random_weight(60, 2 * 9, 0.5, 8)
+    x = torch.randn(2, 2 * groups, 6, 5, requires_grad=True)
+    leaf = gpu.tensor(x.detach()).requires_grad_()
+    y = ops.conv2d(leaf, gpu.weight(weight), kernel_size=(3, 3), groups=groups)
+    grad_y = torch.randn(y.shape)
+    y.backward(gpu.tensor(grad_y))
+    F.conv2d(x, weight.to_dense().view(60, 2, 3, 3), groups=groups).backward(grad_y)
+    assert relative_error(leaf.grad.cpu(), x.grad) < 1e-5
+
+    rows = torch.randn(70, 18).requires_grad_()
+    leaf = gpu.tensor(rows.detach()).requires_grad_()
+    y = ops.linear(leaf, gpu.weight(weight))
+    grad_rows = torch.randn(y.shape)
+    y.backward(gpu.tensor(grad_rows))
+    assert relative_error(leaf.grad.cpu(), grad_rows @ weight.to_dense()) < 1e-5
