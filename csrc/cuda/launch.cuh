@@ -12,9 +12,11 @@
 #define PK_CUDA_CHECK(call, ...)                                                   \
     do {                                                                           \
         const cudaError_t status = (call);                                         \
-        if (status != cudaSuccess)                                                 \
+        if (status != cudaSuccess) {                                               \
+            cudaGetLastError(); /* else the next good launch would report it */    \
             throw std::runtime_error(                                              \
                 ::placekern::join(__VA_ARGS__, ": ", cudaGetErrorString(status))); \
+        }                                                                          \
     } while (0)
 
 // Dynamic shared memory of every kernel; each casts it to what it keeps there.

@@ -2,8 +2,9 @@
 
 `python tests/cuda_emulation/build.py plain address thread` builds module `_cuda` in these variants:
 as it is, with AddressSanitizer and UndefinedBehaviorSanitizer, with ThreadSanitizer. It takes host
-pointers where the real module takes device pointers. One surprise: the emulator's own files are
-compiled without sanitizers in every variant, so that reports are about kernels only.
+pointers where the real module takes device pointers. environment() is what a python needs that
+loads a variant. One surprise: the emulator's own files are compiled without sanitizers in every
+variant, so that reports are about kernels only.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@
 #if defined(EMULATED_UCONTEXT)
 #elif defined(__x86_64__)
 asm(R"(
-.text
+.pushsection .text
 .hidden emulated_switch
 .globl emulated_switch
 .type emulated_switch, @function
@@ -49,10 +49,11 @@ emulated_switch:
     popq %rbp
     ret
 .size emulated_switch, . - emulated_switch
+.popsection
 )");
 #elif defined(__aarch64__)
 asm(R"(
-.text
+.pushsection .text
 .hidden emulated_switch
 .globl emulated_switch
 .type emulated_switch, %function
@@ -84,6 +85,7 @@ emulated_switch:
     add sp, sp, #160
     ret
 .size emulated_switch, . - emulated_switch
+.popsection
 )");
 #endif
 #ifndef EMULATED_UCONTEXT

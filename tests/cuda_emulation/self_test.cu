@@ -242,8 +242,10 @@ __global__ void last_block(Args args) {
 __global__ void bounds(Args args) {
     int* shared = shared_array<int>();
     int* out = static_cast<int*>(args.out);
-    const int last = 63;
-    shared[args.variant == 1 ? last + 1 : args.variant == 2 ? -1 : last] = 1;
+    volatile int place = 63;  // the compiler shall not see it
+    if (args.variant == 1) place = 64;
+    if (args.variant == 2) place = -1;
+    shared[place] = 1;
     if (args.variant == 3) *reinterpret_cast<uint4*>(shared + 1 + threadIdx.x % 2) = uint4{};
     out[args.variant == 4 ? gridDim.x * blockDim.x : thread_number()] = 1;
 }

@@ -14,10 +14,10 @@ extern "C" void AnnotateIgnoreWritesBegin(const char* file, int line);
 extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 #endif
 
-// The array that kernels declare as extern, between two guards and on pages of its own (of at most
-// 64 KiB). Written in assembly because only that puts the three side by side.
+// The array that kernels declare as extern, behind a guard and with room for another, on pages of
+// its own (of at most 64 KiB). In assembly, because only that puts the guard right before it.
 asm(R"(
-.section .bss.emulated_shared, "aw", %nobits
+.pushsection .bss.emulated_shared, "aw", %nobits
 .balign 65536
 .hidden emulated_guard
 .globl emulated_guard
@@ -29,7 +29,7 @@ emulated_guard:
 placekern_shared:
 .zero 262144
 .size placekern_shared, 262144
-.text
+.popsection
 )");
 
 extern __attribute__((visibility("hidden"))) unsigned char emulated_guard[], placekern_shared[];
