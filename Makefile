@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 CPP := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint format sanitize bench clean
+.PHONY: demo test lint format sanitize sanitize-cpu sanitize-cuda bench gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/placekern demo
@@ -24,9 +24,16 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+sanitize: sanitize-cpu sanitize-cuda
+
+# The CUDA kernels, emulated: under AddressSanitizer and UndefinedBehaviorSanitizer, under
+# ThreadSanitizer, and the proof that each of their barriers is needed.
+sanitize-cuda: $(VENV)/installed
+	$(BIN)/python tests/cuda_emulation/sanitize.py address thread barriers
+
 # The op tests on a core built with AddressSanitizer and UndefinedBehaviorSanitizer, at every ISA level.
 SANITIZED := build/sanitized
-sanitize: $(VENV)/installed
+sanitize-cpu: $(VENV)/installed
 	rm -rf $(SANITIZED)/placekern $(SANITIZED)/tests && mkdir -p $(SANITIZED)
 	cp -r csrc placekern tests setup.py CMakeLists.txt pyproject.toml README.md $(SANITIZED)
 	rm -f $(SANITIZED)/placekern/*.so
@@ -40,6 +47,13 @@ sanitize: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -q
+
+# On a machine with a GPU, with a Python that has torch: build, tests, times and sanitizers in eight
+# minutes, without a network. Results go to $(GPU_RESULTS)/gpu-<name>.json and .md.
+GPU_PYTHON ?= python3
+GPU_RESULTS ?= benchmarks/results
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu.run --results $(GPU_RESULTS)
 
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

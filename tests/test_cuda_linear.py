@@ -192,6 +192,22 @@ def test_x_too_wide_for_shared_memory_is_gathered(
     assert relative_error(y.cpu(), expected(x, weight, None, False)[0]) < 1e-5
 
 
+@pytest.mark.parametrize("N", [1, 5])
+def test_a_refused_launch_says_its_sizes_and_spoils_nothing(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, N: int
+) -> None:
+    if gpu.device.type == "cuda":
+        pytest.skip("a real device has enough shared memory")
+    weight = gpu.weight(random_weight(20, 128, 0.5, 8), Layout.DENSE)
+    x = torch.randn(N, 128).half()
+    expected = ops.linear(x, weight)
+    with monkeypatch.context() as small:
+        small.setenv("PLACEKERN_EMULATED_SHARED", "16384")
+        with pytest.raises((RuntimeError, ValueError), match="20, K = 128"):
+            ops.linear(x, weight)
+    assert torch.equal(ops.linear(x, weight), expected)
+
+
 def test_float64_is_refused(gpu: Gpu) -> None:
     with pytest.raises(NotImplementedError, match="float64 runs on the CPU only; use float32"):
         ops.linear(gpu.tensor(torch.zeros(1, 8).double()), gpu.weight(random_weight(4, 8, 1, 5)))
