@@ -24,12 +24,11 @@ constexpr int kCodeBytes = kUnitRows * kCodeStride * static_cast<int>(sizeof(uin
 template <int kWidth, bool kPairs>
 constexpr int kSetBytes = CodeBins<kWidth>::kBytes + (kPairs ? kCodeBytes : 0);
 
-// Item i of the work. Blocks side by side have the same columns, which they read from the same
-// images.
+// Fills in item i of the work. Blocks side by side have the same columns, which they read from the
+// same images.
 template <bool kPairs, int kStep>
-__device__ Item item_of(const CodebookGradientCall& call, int i) {
+__device__ void fill_item(Item& item, const CodebookGradientCall& call, int i) {
     const CodebookGradientPlan& plan = call.plan;
-    Item item = {};
     const int tile = i / plan.row_tiles % plan.column_tiles;
     item.row0 = static_cast<int>(call.first) / kUnitRows * kUnitRows + i % plan.row_tiles * kTile;
     item.windows = static_cast<int>(call.weight.windows());
@@ -41,7 +40,6 @@ __device__ Item item_of(const CodebookGradientCall& call, int i) {
     const int size = (steps + plan.splits - 1) / plan.splits * kStep;
     item.n0 = min(i / plan.row_tiles / plan.column_tiles * size, N);
     item.n_end = min(item.n0 + size, N);
-    return item;
 }
 
 // Adds a unit of G to the bins of its codes; where a row is not `real`, zeros.
@@ -134,24 +132,22 @@ __global__ void __launch_bounds__(kThreads, 2) gradient(CodebookGradientCall cal
     const int items = call.plan.row_tiles * call.plan.column_tiles * call.plan.splits;
     for (int i = blockIdx.x; i < items; i += gridDim.x) {
         Item& item = at<Item>(placekern_shared, kItem);
-        if (threadIdx.x == 0) item = item_of<kPairs, kSpan<T>>(call, i);
+        if (threadIdx.x == 0) fill_item<kPairs, kSpan<T>>(item, call, i);
         __syncthreads();
         if (call.source.image)
             fill_taps(&at<Tap>(placekern_shared, kTaps), kTile, item.column0, weight.K,
                       call.source);
         fill_points<T>(call, item, 0);
         __syncthreads();
-        Fetch<T> fetch;
-        fetch.load(call, item, 0);
-        fetch.store(call, 0);
-        __syncthreads();
+        // A stage is fetched while the one before it is multiplied; behind the last come zeros.
         Sums sums = {};
-        for (int stage = 0; item.n0 + stage * kSpan<T> < item.n_end; ++stage) {
-            const int tile = stage % 2;
-            fetch.load(call, item, stage + 1);  // zeros behind the last one
-            if (stage % kBatch == 0) fill_points<T>(call, item, stage / kBatch + 1);
-            multiply<T>(sums, tile, lane, warp);
-            fetch.store(call, 1 - tile);
+        const auto stages = static_cast<unsigned>(item.n_end - item.n0 + kSpan<T> - 1) / kSpan<T>;
+        for (unsigned next = 0; next <= stages; ++next) {
+            Fetch<T> fetch;
+            fetch.load(call, item, next);
+            if (next % kBatch == 1) fill_points<T>(call, item, next / kBatch + 1);
+            if (next > 0) multiply<T>(sums, (next - 1) % 2, lane, warp);
+            fetch.store(call, next % 2);
             __syncthreads();
         }
 
@@ -183,7 +179,6 @@ __global__ void __launch_bounds__(kThreads, 2) gradient(CodebookGradientCall cal
                 sum += Bins::total(all_bins + set * kSet, threadIdx.x, zero);
             total = sum;
         }
-        __syncthreads();  // bins are read; the next tiles may take their place
     }
 }
 
@@ -202,17 +197,14 @@ void with_kernel(const DeviceWeight& weight, Dtype dtype, F f) {
     });
 }
 
-int attribute(cudaDeviceAttr name, int device) {
-    int value = 0;
-    PK_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device), "attribute ", name, " of device ",
-                  device);
-    return value;
-}
-
 }  // namespace
 
 CodebookGradientPlan codebook_gradient_plan(const DeviceWeight& weight, Dtype dtype, int64_t first,
                                             int64_t rows, int64_t N, int device) {
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+    PK_CHECK(dtype != Dtype::kBfloat16 || major >= 8,
+             "codebook_gradient: x is bfloat16 and device ", device, " has compute capability ",
+             major, ".x, expected 8.0 or newer; use float16 or float32");
     CodebookGradientPlan plan = {1, 0, 0, 0, 0};
     const int limit = shared_limit(device);
     int64_t resident = 1;  // blocks that a multiprocessor holds

@@ -17,8 +17,7 @@ constexpr int kThreads = 8 * kWarp;
 constexpr int kTile = 128;    // rows, and slots, of a block
 constexpr int kRowWarps = 4;  // warps below each other
 constexpr int kLines = 8;     // of a tile in shared memory: a line is one n of floats, two else
-constexpr int kStride = kTile + 8;  // words of a line; its place in the banks moves by a quarter
-constexpr int kTileBytes = kLines * kStride * 4;
+constexpr int kTileBytes = kLines * kTile * 4;
 constexpr int kHeld = kLines * kTile / kThreads;  // words of a tile that a thread brings
 constexpr int kBatch = 16;                        // stages whose points are computed together
 
@@ -52,17 +51,21 @@ constexpr int kPoints = kTaps + kTile * static_cast<int>(sizeof(Tap));
 template <class T>
 constexpr int kStageBytes = kPoints<T> + 2 * kBatch * kSpan<T> * static_cast<int>(sizeof(Point));
 
-// Where the word of a slot lies in a line: a lane's even (odd) slots of eight neighbours are one
-// vector, those of eight lanes side by side. Lines 4 to 7 are rotated by half a vector, so that
-// words which are stored together meet different banks.
-__device__ __forceinline__ int slot_place(int slot, int line) {
-    return slot / 64 * 64 + slot / 8 % 2 * 32 + (slot / 16 % 4 * 2 + slot % 2) * 4 +
-           (slot / 2 + line / 4 * 2) % 4;
+// Operands lie in the tiles as lanes want them: the words of lane 4 g + q for 16 rows, or for two
+// products, are one vector. Vectors of four g change places, so that threads which store words, and
+// lanes which read vectors (of floats, the same q in all lanes), meet different banks.
+__device__ __forceinline__ int lane_place(int g, int q) { return 4 * (4 * g + (q ^ g / 2)); }
+
+// In words: rows g and g + 8 of lines q, then of lines q + 4.
+__device__ __forceinline__ int row_place(int row, int line) {
+    return row / 16 * 128 + lane_place(row % 8, line % 4) + line / 4 * 2 + row / 8 % 2;
 }
 
-// Likewise for a row: rows g, g + 8, g + 16, g + 24 are one vector.
-__device__ __forceinline__ int row_place(int row, int line) {
-    return row / 32 * 32 + row % 8 * 4 + (row / 8 + line / 4 * 2) % 4;
+// Lines q and q + 4 of a slot, then of the one two slots on. Slots 16 u + e, 16 u + e + 2, ... are
+// column 2 u + e of the products.
+__device__ __forceinline__ int slot_place(int slot, int line) {
+    return slot / 64 * 512 + slot / 4 % 4 * 128 +
+           lane_place(slot / 16 % 4 * 2 + slot % 2, line % 4) + slot / 2 % 2 * 2 + line / 4;
 }
 
 // Whether row m of the weight takes part.
@@ -79,7 +82,7 @@ class Fetch {
     static constexpr int kParts = 4 / sizeof(T);  // elements of a word: n and n + 1
 
     __device__ __forceinline__ void load(const CodebookGradientCall& call, const Item& item,
-                                         int stage) {
+                                         unsigned stage) {
         const int line = threadIdx.x % kLines;
         const int n = item.n0 + stage * kSpan<T> + line * kParts;
         Point point[kParts];
@@ -104,23 +107,21 @@ class Fetch {
 
     __device__ __forceinline__ void store(const CodebookGradientCall& call, int tile) const {
         const int line = threadIdx.x % kLines;
-        const int to = tile * kTileBytes + line * kStride * 4;
         unsigned char* const grad_y =
-            placekern_shared + (kGradYTiles + to + 4 * row_place(row(), line));
+            placekern_shared + (kGradYTiles + tile * kTileBytes + 4 * row_place(row(), line));
+        unsigned char* const x = placekern_shared + (kXTiles + tile * kTileBytes);
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) at<uint32_t>(grad_y, 4 * kStep * i) = word(grad_y_[i]);
+        for (int i = 0; i < kHeld; ++i) at<uint32_t>(grad_y, i * 8 * kStep * 4) = word(grad_y_[i]);
         if (call.source.image) {
-            unsigned char* const x =
-                placekern_shared + (kXTiles + to + 4 * slot_place(image_slot(), line));
 #pragma unroll
-            for (int i = 0; i < kHeld; ++i)  // kStep slots on
-                at<uint32_t>(x, 4 * (i / 2 * 64 + i % 2 * 16)) = word(x_[i]);
+            for (int i = 0; i < kHeld; ++i)
+                at<uint32_t>(x, 4 * slot_place(image_slot() + i % 2 * kStep, line) +
+                                    i / 2 * 512 * 4) = word(x_[i]);
         } else {
-            unsigned char* const x =
-                placekern_shared + (kXTiles + to + 4 * slot_place(rows_slot(), line));
+            unsigned char* const first = x + 4 * slot_place(rows_slot(), line);
 #pragma unroll
-            for (int i = 0; i < kHeld; ++i)  // neighbouring slots
-                at<uint32_t>(x, 4 * (i / 2 + i % 2 * 4)) = rows_word(i);
+            for (int i = 0; i < kHeld; ++i)
+                at<uint32_t>(first, 4 * (i / 2 * 2 + i % 2 * 16)) = rows_word(i);
         }
     }
 
@@ -163,13 +164,14 @@ class Fetch {
             }
             return;
         }
+        const int left = static_cast<int>(call.weight.K) - item.column0 - image_slot();
         const auto height = static_cast<unsigned>(source.shape.height);
         const auto width = static_cast<unsigned>(source.shape.width);
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-            const int slot = image_slot() + i * kStep;
-            const Tap tap = at<Tap>(placekern_shared + kTaps, slot * static_cast<int>(sizeof(Tap)));
-            const bool inside = item.column0 + slot < static_cast<int>(call.weight.K);
+            const Tap tap = at<Tap>(placekern_shared + kTaps,
+                                    (image_slot() + i * kStep) * static_cast<int>(sizeof(Tap)));
+            const bool inside = i * kStep < left;
 #pragma unroll
             for (int p = 0; p < kParts; ++p) {
                 const bool real = inside && static_cast<unsigned>(point[p].y + tap.dy) < height &&
@@ -195,7 +197,7 @@ class Fetch {
 
 // Computes the points of stages batch * kBatch and so on, by all threads of a block.
 template <class T>
-__device__ void fill_points(const CodebookGradientCall& call, const Item& item, int batch) {
+__device__ void fill_points(const CodebookGradientCall& call, const Item& item, unsigned batch) {
     constexpr int kCount = kBatch * kSpan<T>;
     const int i = threadIdx.x;
     const int n = item.n0 + batch * kCount + i;
@@ -220,64 +222,50 @@ __device__ void fill_points(const CodebookGradientCall& call, const Item& item, 
 // A lane's part of G: two blocks of 16 rows, eight products across.
 using Sums = float[2][8][4];
 
-__device__ __forceinline__ uint4 vector(int tile, int place) {
-    return at<uint4>(placekern_shared, tile + 4 * place);
-}
-
-// The words of a vector that was stored rotated by `by`.
-__device__ __forceinline__ void rotated(uint32_t (&word)[4], const uint4& four, int by) {
-    word[(4 - by) % 4] = four.x;
-    word[(5 - by) % 4] = four.y;
-    word[(6 - by) % 4] = four.z;
-    word[(7 - by) % 4] = four.w;
+__device__ __forceinline__ void read(uint32_t (&word)[4], int byte) {
+    const uint4 four = at<uint4>(placekern_shared, byte);
+    word[0] = four.x;
+    word[1] = four.y;
+    word[2] = four.z;
+    word[3] = four.w;
 }
 
 // sums += grad_y^T X^T over a stage.
 template <class T>
 __device__ __forceinline__ void multiply(Sums& sums, int tile, int lane, int warp) {
     const int g = lane / 4, q = lane % 4;
-    const int grad_y = kGradYTiles + tile * kTileBytes;
-    const int x = kXTiles + tile * kTileBytes;
-    const int rows = warp % kRowWarps * 32 + g * 4;
-    const int slots = warp / kRowWarps * 64;
+    const int rows = kGradYTiles + tile * kTileBytes + warp % kRowWarps * (2 * 512);
+    const int slots = kXTiles + tile * kTileBytes + warp / kRowWarps * (4 * 512);
     if constexpr (sizeof(T) == 2) {
-        uint32_t left[2][4];  // [column of the operand][row]
+        uint32_t left[2][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            rotated(left[i], vector(grad_y, (q + 4 * i) * kStride + rows), 2 * i);
+        for (int b = 0; b < 2; ++b) read(left[b], rows + b * 512 + 4 * lane_place(g, q));
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            uint32_t right[2][4];
+        for (int j = 0; j < 8; j += 2) {
+            uint32_t right[4];
+            read(right, slots + j / 2 * 512 + 4 * lane_place(g, q));
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                rotated(right[i], vector(x, (q + 4 * i) * kStride + slots + h * 32 + g * 4), 2 * i);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const uint32_t b[2] = {right[0][j], right[1][j]};
-#pragma unroll
-                for (int block = 0; block < 2; ++block) {
-                    const uint32_t a[4] = {left[0][2 * block], left[0][2 * block + 1],
-                                           left[1][2 * block], left[1][2 * block + 1]};
-                    mma(sums[block][4 * h + j], a, b, T());
-                }
+            for (int b = 0; b < 2; ++b) {
+                mma(sums[b][j], left[b], {right[0], right[1]}, T());
+                mma(sums[b][j + 1], left[b], {right[2], right[3]}, T());
             }
         }
     } else {
+#pragma unroll 1                                // registers would not do for the loads of more
+        for (int line = 0; line < 4; ++line) {  // and line + 4
+            uint32_t left[2][4];
 #pragma unroll
-        for (int line = 0; line < kLines; ++line) {
-            uint32_t left[4];
-            rotated(left, vector(grad_y, line * kStride + rows), line / 4 * 2);
+            for (int b = 0; b < 2; ++b) read(left[b], rows + b * 512 + 4 * lane_place(g, line));
 #pragma unroll
-            for (int v = 0; v < 4; ++v) {  // even, odd slots of the first eight; of the second
+            for (int v = 0; v < 8; ++v) {
+                const int j = v / 2 * 2, e = v % 2;
                 uint32_t right[4];
-                rotated(right, vector(x, line * kStride + slots + v / 2 * 32 + (2 * q + v % 2) * 4),
-                        line / 4 * 2);
+                read(right, slots + j / 2 * 512 + 4 * lane_place(2 * q + e, line));
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-#pragma unroll
-                    for (int r = 0; r < 4; ++r)
-                        sums[r / 2][v / 2 * 4 + j][r % 2 * 2 + v % 2] +=
-                            __uint_as_float(left[r]) * __uint_as_float(right[j]);
+                for (int w = 0; w < 16; ++w) {  // row block, next product, line, row half
+                    const int b = w / 8, next = w / 4 % 2, half = w / 2 % 2, r = w % 2;
+                    sums[b][j + next][2 * r + e] += __uint_as_float(left[b][2 * half + r]) *
+                                                    __uint_as_float(right[2 * next + half]);
                 }
             }
         }

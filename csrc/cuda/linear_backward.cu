@@ -273,13 +273,6 @@ int64_t strips(const DeviceWeight& weight, int warps) {
     return weight.windows() * (kWindowSlots / kUnitColumns / warps);
 }
 
-int attribute(cudaDeviceAttr name, int device) {
-    int value = 0;
-    PK_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device), "attribute ", name, " of device ",
-                  device);
-    return value;
-}
-
 }  // namespace
 
 LinearBackwardPlan linear_backward_plan(const DeviceWeight& weight, Dtype dtype, int64_t N,

@@ -240,7 +240,7 @@ __device__ __forceinline__ void scatter(T* row, const uint4& chunk, const uint32
 
 // Pairs are scattered over a zeroed tile of a warp's 16 rows and one window; then as above.
 template <int kWidth, int kTiles, class T>
-__global__ void __launch_bounds__(kWarps* kWarp) matmul_pairs(MatmulArgs args) {
+__global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_pairs(MatmulArgs args) {
     using Shared = PairsShared<kWidth, kTiles, T>;
     const DeviceWeight& weight = args.weight;
     const int lane = threadIdx.x % kWarp;
