@@ -18,6 +18,9 @@ import placekern as pk
 from placekern.cli import demo as demo_module
 from placekern.cli.settings import image_size
 
+for package in ("rich", "typer", "zstandard"):  # in the processes that the tests start
+    pytest.importorskip(package)
+
 
 def run(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     code = "from placekern.cli import main; main()"
