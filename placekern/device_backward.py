@@ -51,8 +51,9 @@ def linear_backward(
     grad_x = _grad_rows(weight, grad_y) if wanted[0] else None
     if not wanted[1]:
         return grad_x, None
-    rows = grad_y.contiguous()
-    strides = _native.GradY(rows, 1, weight.M, 0, 1)
+    x, grad_y = _multipliable(x, grad_y)
+    transposed = grad_y.t().contiguous()  # it is read along the rows of x
+    strides = _native.GradY(transposed, max(N, 1), 0, 1, N)
     source = device.rows_of(x)
     return grad_x, _native.device_codebook_gradient(weight, source, strides, N, 0, weight.M)
 
@@ -90,6 +91,7 @@ def conv2d_backward(
             f"conv2d_backward: x {tuple(x.shape)} with strides {x.stride()} reaches over 2^31 "
             "elements; use a smaller batch"
         )
+    x, grad_y = _multipliable(x, grad_y)
     image = grad_y.contiguous()
     strides = _native.GradY(image, pixels, pixels * weight.M, 1, pixels)
     groups = shape["groups"]
@@ -101,6 +103,13 @@ def conv2d_backward(
         part = _native.device_codebook_gradient(weight, source, strides, N, group * rows, rows)
         sums = part if sums is None else sums + part
     return grad_x, sums
+
+
+def _multipliable(x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+    """x and grad_y as they are, or in float32 where the GPU has no product of their dtype."""
+    if x.dtype != torch.float32 and not device.has_tensor_cores(x, tf32=False):
+        return x.float(), grad_y.float()
+    return x, grad_y
 
 
 def _grad_rows(weight: _native.Weight, grad_y: Tensor) -> Tensor:

@@ -99,6 +99,8 @@ def test_agrees_with_plain_torch(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("N", [4, 20, 64])
 def test_tf32_is_used_when_torch_allows_it(gpu: Gpu, tf32: None, layout: Layout, N: int) -> None:
+    if _native.device_properties(0).capability < 80:
+        pytest.skip("this GPU has no TF32")
     weight = random_weight(40, 520, 0.4, 8)
     x = torch.randn(N, 520)
     y = ops.linear(gpu.tensor(x), gpu.weight(weight, layout)).cpu()
@@ -206,6 +208,30 @@ def test_a_refused_launch_says_its_sizes_and_spoils_nothing(
         with pytest.raises((RuntimeError, ValueError), match="20, K = 128"):
             ops.linear(x, weight)
     assert torch.equal(ops.linear(x, weight), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_turing_has_its_own_ways(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, layout: Layout, dtype: torch.dtype
+) -> None:
+    if gpu.device.type == "cuda":
+        pytest.skip("this is about another GPU")
+    monkeypatch.setenv("PLACEKERN_EMULATED_CAPABILITY", "7.5")
+    monkeypatch.setenv("PLACEKERN_EMULATED_SHARED", "65536")
+    weight = random_weight(40, 300, 0.4, 8)
+    weight.codebook = weight.codebook.to(dtype).float().requires_grad_()
+    moved = gpu.weight(weight, layout)
+    for N in (1, 20, 80):
+        x = torch.randn(N, 300).to(dtype)
+        moved.codebook.grad = None
+        y = ops.linear(x, moved)
+        y.backward(torch.ones_like(y))
+        wanted, squares = expected(x, weight, None, False)
+        assert relative_error(y, wanted, squares) < ROUNDING[dtype]
+        dense = weight.to_dense()
+        gradient = torch.autograd.grad(dense, weight.codebook, x.float().sum(0).expand(40, 300))[0]
+        assert relative_error(moved.codebook.grad, gradient) < 1e-3
 
 
 def test_float64_is_refused(gpu: Gpu) -> None:

@@ -190,6 +190,24 @@ def test_symbols_are_read_as_the_source_writes_them() -> None:
     assert kernel_of(f"{prefix}12decode_pairsENS0_10DecodeArgsE").name == "decode_pairs"
 
 
+def test_what_is_forbidden_is_recognised() -> None:
+    opcodes = {
+        "ATOMS.CAST.SPIN": "a loop of compare-and-swap",
+        "ATOM.E.CAS.STRONG.GPU": "a loop of compare-and-swap",
+        "RED.E.ADD.F32.FTZ.RN.STRONG.GPU": "an atomic on floats",
+        "REDG.E.ADD.F64.RN.STRONG.GPU": "an atomic on floats",
+        "STL.64": "local memory",
+        "LDL": "local memory",
+        "ATOMS.ADD": None,
+        "ATOMS.POPC.INC.32": None,
+        "LDG.E.128": None,
+        "STS.64": None,
+    }
+    for opcode, expected in opcodes.items():
+        found = [what for what, pattern in FORBIDDEN.items() if re.match(pattern, opcode)]
+        assert found == ([expected] if expected else []), opcode
+
+
 # ---- the kernels ----
 
 
