@@ -3,7 +3,7 @@
 from . import vpr
 from ._native import available_isas, get_isa, set_isa
 from ._version import __version__
-from .compress import CompressConfig, CompressReport, compress_
+from .compress import CompressConfig, CompressReport, Recipe, RecipeConfig, compress_
 from .io import load, save
 from .nn import QuantSparseConv2d, QuantSparseLinear
 from .weight import QuantSparseWeight
@@ -14,6 +14,8 @@ __all__ = [
     "QuantSparseConv2d",
     "QuantSparseLinear",
     "QuantSparseWeight",
+    "Recipe",
+    "RecipeConfig",
     "__version__",
     "available_isas",
     "compress_",

@@ -1,15 +1,27 @@
 """From a trained network to a compressed one: pruning, codebooks, the swap and its report."""
 
 from .config import CompressConfig
+from .prune import PruneSchedule
 from .quantize import fit_kmeans, fit_uniform
+from .recipe import Recipe
+from .recipe_config import RecipeConfig
+from .recipe_report import RecipeLayer, RecipeReport
 from .report import CompressReport, LayerReport
 from .swap import compress_
+from .train import FitRecord, fit
 
 __all__ = [
     "CompressConfig",
     "CompressReport",
+    "FitRecord",
     "LayerReport",
+    "PruneSchedule",
+    "Recipe",
+    "RecipeConfig",
+    "RecipeLayer",
+    "RecipeReport",
     "compress_",
+    "fit",
     "fit_kmeans",
     "fit_uniform",
 ]

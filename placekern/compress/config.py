@@ -30,6 +30,9 @@ class CompressConfig:
             ("Conv2d", "Linear") to a config, a dict of the fields that differ, or None to leave
             the layer dense. The name goes before a pattern, a pattern before the type, the type
             before the default.
+        entropy_lambda: above 0, k-means also counts the length of a code in the file: it minimises
+            squared error + entropy_lambda x mean square x bits, which spends some error to save
+            bytes. 0.001 is much for 8 bits, and little for 5.
 
     Raises:
         ValueError: a field is out of range or unknown.
@@ -40,6 +43,7 @@ class CompressConfig:
     sparsity: float | None = None
     method: str = "kmeans"
     layers: Mapping[str, CompressConfig | Mapping[str, Any] | None] = field(default_factory=dict)
+    entropy_lambda: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
@@ -61,6 +65,15 @@ class CompressConfig:
             raise ValueError(f"sparsity is {self.sparsity}, expected 0 to 1")
         if self.method not in _METHODS:
             raise ValueError(f"method is {self.method!r}, expected one of {', '.join(_METHODS)}")
+        price = self.entropy_lambda
+        if isinstance(price, bool) or not isinstance(price, int | float):
+            raise ValueError(f"entropy_lambda is {price!r}, expected a number")
+        if not 0 <= price < float("inf"):
+            raise ValueError(f"entropy_lambda is {price}, expected a finite number >= 0")
+        if price and self.method != "kmeans":
+            raise ValueError(
+                f"entropy_lambda is {price} with method {self.method!r}; it needs 'kmeans'"
+            )
         if not isinstance(self.layers, Mapping):
             raise ValueError(
                 f"layers is {self.layers!r}, expected a mapping from names to settings"
@@ -99,6 +112,8 @@ class CompressConfig:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
         if "threshold" in setting or "sparsity" in setting:
             own |= {"threshold": None, "sparsity": None}  # an exception replaces the way to prune
+        if setting.get("method", "kmeans") != "kmeans":
+            own["entropy_lambda"] = 0.0  # which is k-means' own
         return CompressConfig(**(own | dict(setting)))
 
     def mask(self, weight: Tensor) -> Tensor:
@@ -123,9 +138,15 @@ class CompressConfig:
             )
         mask = self.mask(matrix)
         values = matrix[mask]
-        fit = quantize.fit_kmeans if self.method == "kmeans" else quantize.fit_uniform
-        codebook = fit(values, 1 << self.bits)
-        codes, _, _ = ops.kmeans_assign(values, codebook)
+        if self.entropy_lambda:
+            codebook, boundaries = quantize.fit_entropy_constrained(
+                values, 1 << self.bits, self.entropy_lambda
+            )
+            codes = quantize.assign(values, boundaries)
+        else:
+            fit = quantize.fit_kmeans if self.method == "kmeans" else quantize.fit_uniform
+            codebook = fit(values, 1 << self.bits)
+            codes, _, _ = ops.kmeans_assign(values, codebook)
         return QuantSparseWeight.from_mask(mask, codes, codebook.to(weight.device, weight.dtype))
 
 

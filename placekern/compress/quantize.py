@@ -17,6 +17,8 @@ from ..weight import midpoints
 
 _SUMMARY = 4096  # points of each of the two spacings that make the summary
 _BLOCK = 32  # sorted points that share a prefix sum
+_ENOUGH = 1e-6  # a step that lowers the cost by a smaller share is the last
+_PIECE = 1 << 22  # values handled at a time where a wider copy of them is made
 
 
 def fit_kmeans(values: Tensor, clusters: int, iterations: int = 1000) -> Tensor:
@@ -30,13 +32,16 @@ def fit_kmeans(values: Tensor, clusters: int, iterations: int = 1000) -> Tensor:
     """
     if values.numel() == 0:
         return torch.zeros(clusters, device=values.device)
-    points = _SortedPoints(values.detach().float().reshape(-1))
+    return _fit(_SortedPoints(values.detach().float().reshape(-1)), clusters, iterations)
+
+
+def _fit(points: _SortedPoints, clusters: int, iterations: int) -> Tensor:
     distinct = points.distinct(clusters)
     if distinct is not None:
         return torch.cat([distinct, distinct[-1:].expand(clusters - len(distinct))])
 
     edges = _optimal_edges(points, clusters)
-    centroids = torch.zeros(clusters, dtype=torch.float64, device=values.device)
+    centroids = torch.zeros(clusters, dtype=torch.float64, device=points.values.device)
     for _ in range(iterations):
         counts = edges.diff()
         means = points.sums(edges).diff() / counts.clamp(min=1)
@@ -48,6 +53,112 @@ def fit_kmeans(values: Tensor, clusters: int, iterations: int = 1000) -> Tensor:
         centroids = moved
         edges[1:-1] = points.not_above(midpoints(centroids))
     return centroids.float()
+
+
+def fit_entropy_constrained(
+    values: Tensor, clusters: int, entropy_lambda: float, iterations: int = 1000
+) -> tuple[Tensor, Tensor]:
+    """k-means in which a centroid also costs the length of its code (Chou, Lookabaugh, Gray 1989).
+
+    Minimises the mean of (value - centroid)^2 + entropy_lambda * mean(value^2) * length, the length
+    of a code being -log2 of its frequency: what an entropy coder spends on it. Rare centroids then
+    have to be worth their bits, and some end up unused.
+
+    Args:
+        values: float32 [n], finite.
+        clusters: number of centroids, 1 to 256.
+        entropy_lambda: what a bit may cost, as a share of the values' mean square, so that one
+            number suits layers of any scale; 0 is plain k-means.
+        iterations: at most this many.
+
+    Returns:
+        centroids, float32 [clusters], sorted, and boundaries, float32 [clusters - 1], sorted: a
+        value belongs to the centroid with as many boundaries below it. They are not the midpoints.
+        Both are on the device of the values.
+
+    Raises:
+        ValueError: entropy_lambda is negative or not finite.
+    """
+    if not 0 <= entropy_lambda < float("inf"):
+        raise ValueError(f"entropy_lambda is {entropy_lambda}, expected a finite number >= 0")
+    if values.numel() == 0:
+        centroids = torch.zeros(clusters, device=values.device)
+        return centroids, midpoints(centroids)
+    points = _SortedPoints(values.detach().float().reshape(-1))
+    centroids = _fit(points, clusters, iterations)
+    boundaries = midpoints(centroids)
+    if entropy_lambda == 0:
+        return centroids, boundaries
+    squares = float(points.squares)
+    price = entropy_lambda * squares / len(points)
+    means = centroids.double()
+    cost = float("inf")
+    for _ in range(iterations):
+        edges = torch.cat([points.ends[:1], points.not_above(boundaries), points.ends[1:]])
+        counts = edges.diff()
+        used = counts > 0
+        means = torch.where(used, points.sums(edges).diff() / counts.clamp(min=1), means)
+        lengths = -(counts.clamp(min=1).double() / len(points)).log2()
+        # The error is the sum of squares, which does not move, less sum(n mean^2).
+        now = squares + float((counts * (price * lengths - means.square()))[used].sum())
+        if now >= (1 - _ENOUGH) * cost:
+            break
+        cost = now
+        boundaries = _priced_boundaries(means, price * lengths, used)
+    # An unused centroid repeats its neighbour: it stays sorted, and nothing is lost.
+    first = means[used.int().argmax(keepdim=True)]
+    return torch.where(used, means, first).cummax(0).values.float(), boundaries
+
+
+def assign(values: Tensor, boundaries: Tensor) -> Tensor:
+    """Codes by boundaries: how many lie below each value.
+
+    Args:
+        values: float32 [n].
+        boundaries: float32 [clusters - 1], sorted, as `fit_entropy_constrained` gives them.
+
+    Returns:
+        uint8 [n], on the device of the values.
+    """
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    for start in range(0, values.numel(), _PIECE):  # bounds the wider temporaries
+        piece = slice(start, start + _PIECE)
+        codes[piece] = torch.bucketize(values[piece], boundaries, out_int32=True)
+    return codes
+
+
+def _priced_boundaries(means: Tensor, prices: Tensor, used: Tensor) -> Tensor:
+    """Where one centroid becomes dearer than the next: float32 [clusters - 1], sorted.
+
+    (x - c)^2 + price is, but for x^2, a line in x of slope -2 c: the cheapest centroids are the
+    lower envelope of lines, walked from the smallest c on. A centroid that is nowhere the cheapest
+    gets an empty interval.
+    """
+    c, price = means.cpu().numpy(), prices.cpu().numpy()
+    kept: list[int] = []
+    starts: list[float] = []  # where each kept centroid becomes the cheapest
+    for j in np.flatnonzero(used.cpu().numpy()):
+        while kept:
+            i = kept[-1]
+            if c[j] == c[i]:
+                at = -np.inf if price[j] < price[i] else np.inf
+            else:
+                at = (c[i] + c[j]) / 2 + (price[j] - price[i]) / (2 * (c[j] - c[i]))
+            if at > starts[-1]:
+                break
+            kept.pop()
+            starts.pop()
+        else:
+            at = -np.inf
+        if at < np.inf:
+            kept.append(int(j))
+            starts.append(float(at))
+    bounds = np.empty(len(c) - 1)
+    for place, code in enumerate(kept):
+        # Codes between two kept ones, before the first and past the last are never used.
+        bounds[(kept[place - 1] if place else 0) : code] = starts[place]
+    bounds[kept[-1] :] = np.inf
+    return torch.from_numpy(bounds.astype(np.float32)).to(means.device)
 
 
 def fit_uniform(values: Tensor, clusters: int) -> Tensor:
@@ -92,6 +203,17 @@ class _SortedPoints:
         at = block[:, None] * _BLOCK + self._within
         points = self.values[at.clamp(max=len(self) - 1)].double()
         return self._prefix[block] + torch.where(at < edges[:, None], points, 0.0).sum(1)
+
+    @property
+    def ends(self) -> Tensor:
+        """0 and n, int64 [2]."""
+        return torch.tensor([0, len(self)], device=self.values.device)
+
+    @property
+    def squares(self) -> Tensor:
+        """The float64 sum of the squares of all points."""
+        pieces = self.values.split(_PIECE)
+        return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
 
     def below(self, bounds: Tensor) -> Tensor:
         """How many points lie below each bound, float32 [k] -> int64 [k]."""

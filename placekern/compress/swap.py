@@ -75,13 +75,14 @@ def compress_(
 
     # Everything is computed before anything is swapped: an error leaves the model as it was.
     before = _tensors(model)
-    weights: dict[tuple[int, CompressConfig], QuantSparseWeight] = {}
+    weights: dict[tuple[Any, ...], QuantSparseWeight] = {}
     swaps: list[tuple[nn.Module, QuantSparseModule]] = []
     rows = []
     for done, (name, module, own) in enumerate(work):
         if progress:
             progress(name, done, len(work))
-        key = (id(module.weight), own.bits, own.threshold, own.sparsity, own.method)
+        how = (own.bits, own.threshold, own.sparsity, own.method, own.entropy_lambda)
+        key = (id(module.weight), *how)
         if key not in weights:
             try:
                 weights[key] = own.compress_tensor(module.weight)
