@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 CPP := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint format sanitize sanitize-cpu sanitize-cuda bench gpu clean
+.PHONY: demo test lint format sanitize sanitize-cpu sanitize-cuda fuzz bench gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/placekern demo
@@ -44,6 +44,14 @@ sanitize-cpu: $(VENV)/installed
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -k "not opcheck and not gradcheck" \
 	  tests/test_conv2d.py tests/test_linear.py tests/test_kmeans_assign.py
+
+# The readers of files against damaged ones, for a bounded time; finds stay in build/fuzz.
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/installed
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[fuzz]'
+	mkdir -p build/fuzz/corpus
+	$(BIN)/python tests/fuzz/fuzz_load.py -max_total_time=$(FUZZ_SECONDS) \
+	  -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -q

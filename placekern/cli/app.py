@@ -18,7 +18,7 @@ from torch import nn
 import placekern as pk
 
 from .. import _native
-from ..io import read_header
+from ..io import export_layers, read_header, save_deep_compression
 from ..nn import quant_sparse_layers
 from ..vpr import (
     ImageList,
@@ -37,7 +37,7 @@ from ..vpr import (
 from ..vpr.index import faiss_status, search_backend
 from . import console
 from .demo import demo
-from .settings import Bits, Json, Method, Size, Sparsity, Threshold, image_size
+from .settings import Bits, EntropyLambda, Json, Method, Size, Sparsity, Threshold, image_size
 
 app = typer.Typer(
     help="Pruned, codebook-quantized networks that run straight from their compressed weights.",
@@ -88,7 +88,7 @@ def inspect_file(
         stored = {
             name: tensors.get_slice(name).get_shape()[0]
             for name in tensors.keys()  # noqa: SIM118, safe_open is no mapping
-            if name.endswith((".positions", ".codes"))
+            if name.endswith((".positions", ".codes", ".rare"))
         }
     rows = []
     for layer in header["layers"]:
@@ -103,7 +103,9 @@ def inspect_file(
                 "density": layer["nnz"] / (M * K) if M * K else 0.0,
                 "dense_bytes": 4 * M * K,
                 "positions_bytes": 0 if "shares" in layer else stored[f"{owner}.positions"],
-                "codes_bytes": 0 if "shares" in layer else stored[f"{owner}.codes"],
+                "codes_bytes": 0
+                if "shares" in layer
+                else stored[f"{owner}.codes"] + stored.get(f"{owner}.rare", 0),
             }
         )
     total = file.stat().st_size
@@ -148,11 +150,18 @@ def compress(
     threshold: Threshold = None,
     sparsity: Sparsity = None,
     method: Method = "kmeans",
+    entropy_lambda: EntropyLambda = 0.0,
     size: Size = None,
     as_json: Json = False,
 ) -> None:
     """Prune and quantize a network into one file."""
-    config = pk.CompressConfig(bits=bits, threshold=threshold, sparsity=sparsity, method=method)
+    config = pk.CompressConfig(
+        bits=bits,
+        threshold=threshold,
+        sparsity=sparsity,
+        method=method,
+        entropy_lambda=entropy_lambda,
+    )
     model = _open_network(network, weights)
     with console.progress_bars() as progress:
         if references is not None:
@@ -167,6 +176,27 @@ def compress(
         return
     console.out.print(report.table())
     console.out.print(f"{output}: {console.size(written)}, every byte counted")
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A .safetensors file written by placekern.")],
+    to: Annotated[
+        str,
+        typer.Option(help="csr: a scipy .npz a layer; mtx: Matrix Market; net: Deep Compression."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder, or for net the file.")],
+) -> None:
+    """Write the compressed layers in the format of another tool."""
+    if to not in ("csr", "mtx", "net"):
+        raise ValueError(f'--to is "{to}", expected csr, mtx or net')
+    model = pk.load(file)
+    if to == "net":
+        size = save_deep_compression(model, output)
+    else:
+        files = export_layers(model, output, to)
+        size = sum(written.stat().st_size for written in files)
+    console.out.print(f"{output}: {console.size(size)}")
 
 
 @app.command(name="evaluate")

@@ -11,6 +11,9 @@ Bits = Annotated[int, typer.Option(min=1, max=8, help="Bits of a code.")]
 Threshold = Annotated[float | None, typer.Option(help="Prune weights with |w| below this.")]
 Sparsity = Annotated[float | None, typer.Option(help="Prune this share of each layer, 0 to 1.")]
 Method = Annotated[str, typer.Option(help='Codebooks: "kmeans" or "uniform".')]
+EntropyLambda = Annotated[
+    float, typer.Option(help="Spend some error to save bytes: try 0.001 for 8 bits, 0.003 for 5.")
+]
 Size = Annotated[
     str | None, typer.Option(help='Resize images to "HEIGHTxWIDTH" pixels; default: as they are.')
 ]

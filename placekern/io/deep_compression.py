@@ -1,4 +1,4 @@
-"""Imports networks in Deep Compression's own .net format, codes and codebooks as they are.
+"""Reads and writes networks in Deep Compression's own .net format, codes and codebooks as they are.
 
 The stream (songhan/SqueezeNet-Deep-Compression, decode.py) has no layer table: it is read against a
 model whose convolutions and linear layers stand in the file's order. Nothing passes through dense
@@ -12,10 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from ..nn import COMPRESSED_KINDS, replace_module
+from ..nn import COMPRESSED_KINDS, quant_sparse_layers, replace_module
 from ..weight import QuantSparseWeight
+from .atomic import written_beside
+
+_FAR = 16  # positions that a filler bridges
 
 
 def load_deep_compression(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -59,6 +63,76 @@ def load_deep_compression(path: str | os.PathLike[str], model: nn.Module) -> nn.
     for module, layer in swaps:
         replace_module(model, module, layer)
     return model
+
+
+def save_deep_compression(model: nn.Module, path: str | os.PathLike[str]) -> int:
+    """Writes the compressed layers of a model as `load_deep_compression` reads them.
+
+    The format holds nothing else: dense layers, norms and the architecture are not in it.
+
+    Args:
+        model: its compressed layers are written in `named_modules` order. Each has a bias, and at
+            most 255 codes in use, since the format keeps code 0 for fillers.
+        path: of the file; an existing one is replaced in one step.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        ValueError: there are no compressed layers, or one has no bias or too many codes.
+        OSError: the file cannot be written.
+    """
+    counts, bodies = [], []
+    for name, layer in quant_sparse_layers(model):
+        if layer.bias is None:
+            raise ValueError(f"{name} has no bias, but the format gives every layer one")
+        codes, gaps, codebook = _entries(name, layer.weight)
+        bias = layer.bias.detach().float().cpu().numpy()
+        nibbles = np.zeros(len(gaps) + len(gaps) % 2, np.uint8)
+        nibbles[: len(gaps)] = gaps
+        counts.append(len(codes))
+        bodies += [codebook.astype("<f4"), bias.astype("<f4"), codes]
+        bodies.append(nibbles[0::2] | nibbles[1::2] << np.uint8(4))
+    if not counts:
+        raise ValueError(f"the {type(model).__name__} has no compressed layers; compress_ it first")
+    with written_beside(path) as temporary, temporary.open("wb") as file:
+        file.write(np.array(counts, "<u4").tobytes())
+        for body in bodies:
+            file.write(body.tobytes())
+    return Path(path).stat().st_size
+
+
+def _entries(
+    name: str, weight: QuantSparseWeight
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
+    """Codes and gaps with fillers between them, and a codebook [256] with 0 in front."""
+    K = weight.shape[1]
+    rows, columns, codes = (array.cpu().numpy() for array in weight.to_csr())
+    codebook = np.zeros(256, np.float32)
+    book = weight.codebook.detach().float().cpu().numpy()
+    used = np.bincount(codes, minlength=256)
+    if weight.bits < 8:
+        codebook[1 : 1 + len(book)] = book
+        codes = codes + np.uint8(1)
+    else:
+        codebook[:] = book
+        if used[0]:
+            free = np.flatnonzero(used == 0)
+            if len(free) == 0:
+                raise ValueError(
+                    f"{name} uses all of its 256 codes, but the format has room for 255; compress "
+                    "it to 7 bits"
+                )
+            codebook[free[0]] = book[0]
+            codes = np.where(codes == 0, np.uint8(free[0]), codes)
+        codebook[0] = 0
+    flat = np.repeat(np.arange(weight.shape[0]) * K, np.diff(rows)) + columns
+    gaps = np.diff(flat, prepend=-1) - 1
+    ends = np.cumsum(gaps // _FAR + 1) - 1
+    size = int(ends[-1]) + 1 if len(ends) else 0
+    all_codes, all_gaps = np.zeros(size, np.uint8), np.full(size, _FAR - 1, np.uint8)
+    all_codes[ends], all_gaps[ends] = codes, gaps % _FAR
+    return all_codes, all_gaps, codebook
 
 
 def _weight(

@@ -2,7 +2,8 @@
 
 Compressed layers are stored as two zstd streams and a codebook (docs/format.md), everything else
 as plain tensors. A layer's sizes in the file are compared with the model's before anything is
-unpacked, so that a damaged header cannot ask for memory.
+unpacked, so that a damaged header cannot ask for memory. Layers are unpacked one after the other,
+in pieces: loading takes little more memory than the model.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import packing
 from ..nn import COMPRESSED_KINDS, QuantSparseModule, replace_module
 from ..nn import quant_sparse_layers as _layers
-from . import streams
+from ..weight import QuantSparseWeight
+from . import stored, streams
 from .architectures import build_architecture
 from .atomic import written_beside
+from .stored import StoredFile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of the files that `save` writes; `load` reads those before it too."""
 
 _KINDS = {dense.__name__: (dense, compressed) for dense, compressed in COMPRESSED_KINDS.items()}
 _ARRAYS = ("row_ptr", "positions", "codes", "codebook")
+_EXTRA = ("rare",)  # in a file, but no array of a layer
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
@@ -46,7 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     entries = []
-    stored_layers: dict[str, QuantSparseModule] = {}
+    owners_of: dict[str, QuantSparseModule] = {}
     skip = set()
     for name, layer in _layers(model):
         weight = layer.weight
@@ -59,14 +64,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
             "nnz": weight.nnz,
             "relu": layer.relu,
         }
-        owners = [key for key, other in stored_layers.items() if _same_weight(layer, other)]
+        owners = [key for key, other in owners_of.items() if _same_weight(layer, other)]
         if owners:
             entry["shares"] = owners[0]
         else:
-            stored_layers[name] = layer
-            positions, codes = streams.encode(weight)
-            tensors[_key(name, "positions")] = positions
-            tensors[_key(name, "codes")] = codes
+            owners_of[name] = layer
+            encoded = streams.encode(weight)
+            entry["positions"] = encoded.coding
+            tensors[_key(name, "positions")] = encoded.positions
+            tensors[_key(name, "codes")] = encoded.codes
+            if encoded.rare is not None:
+                entry["common"] = encoded.common
+                tensors[_key(name, "rare")] = encoded.rare
             tensors[_key(name, "codebook")] = weight.codebook.detach().cpu().clone()
         entries.append(entry)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -74,14 +83,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
             skip.update(_key(name, array) for array in _ARRAYS)
 
     aliases = {}
-    stored: dict[int, str] = {}
+    names: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in skip:
             continue
-        if id(tensor) in stored:
-            aliases[name] = stored[id(tensor)]
+        if id(tensor) in names:
+            aliases[name] = names[id(tensor)]
         else:
-            stored[id(tensor)] = name
+            names[id(tensor)] = name
             tensors[name] = tensor.detach().cpu().contiguous().clone()
     header = {
         "format": FORMAT_VERSION,
@@ -89,8 +98,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         "layers": entries,
         "aliases": aliases,
     }
+    # The checksum comes first, where it is found without understanding the rest, and covers it all.
+    rest = json.loads(json.dumps(header, sort_keys=True))
+    text = json.dumps({"crc32": stored.NO_CHECKSUM, **rest})
     with written_beside(path) as temporary:
-        save_file(tensors, temporary, metadata={"placekern": json.dumps(header, sort_keys=True)})
+        save_file(tensors, temporary, metadata={stored.METADATA: text})
+        stored.write_checksum(temporary)
     return path.stat().st_size
 
 
@@ -112,8 +125,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not a placekern file, or of a format that this version cannot read.
     """
-    with _open(path) as file:
-        return _header(file, path)
+    with StoredFile(path) as file:
+        return _header(file)
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -132,8 +145,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         FileNotFoundError: there is no such file.
         ValueError: it is not a placekern file, is damaged, or does not fit the model.
     """
-    with _open(path) as file:
-        header = _header(file, path)
+    with StoredFile(path) as file:
+        file.check()
+        header = _header(file)
         if model is None:
             architecture = header["architecture"]
             if not architecture:
@@ -141,7 +155,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
                     f"{path} does not name its architecture; pass a fresh model: load(path, model)"
                 )
             model = _build(architecture).eval()
-        _fill(model, file, header, path)
+        _fill(model, file, header)
     return model
 
 
@@ -155,17 +169,8 @@ def _build(architecture: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _open(path: str | os.PathLike[str]) -> Any:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a sound safetensors file ({error})") from None
-
-
-def _header(file: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
-    text = (file.metadata() or {}).get("placekern")
+def _header(file: StoredFile) -> dict[str, Any]:
+    path, text = file.path, file.metadata
     if text is None:
         raise ValueError(f"{path} is a safetensors file, but not one written by placekern.save")
     try:
@@ -173,9 +178,9 @@ def _header(file: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
         version = header["format"]
     except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} has a damaged placekern header") from None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format {version}, this version of placekern reads {FORMAT_VERSION}; "
+            f"{path} has format {version}, this version of placekern reads 1 to {FORMAT_VERSION}; "
             "install a newer placekern"
         )
     sound = (
@@ -202,6 +207,8 @@ def _sound_entry(entry: Any) -> bool:
         and type(entry.get("bits")) is int
         and 1 <= entry["bits"] <= 8
         and isinstance(entry.get("shares", ""), str)
+        and isinstance(entry.get("common", []), list)
+        and all(type(code) is int for code in entry.get("common", []))
     )
 
 
@@ -213,25 +220,20 @@ def _sound_architecture(architecture: Any) -> bool:
     )
 
 
-def _fill(
-    model: nn.Module, file: Any, header: dict[str, Any], path: str | os.PathLike[str]
-) -> None:
-    names = set(file.keys())
+def _fill(model: nn.Module, file: StoredFile, header: dict[str, Any]) -> None:
+    path, names = file.path, file.names
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: dict[str, QuantSparseModule] = {}
     for entry in header["layers"]:
         name = entry["name"]
         module = modules.get(name)
-        _check_fits(entry, module, path)
+        _check_fits(entry, module, file)
         if "shares" in entry:
             if entry["shares"] not in layers:
                 raise ValueError(f"{path}: {name} shares the weight of an unknown layer")
             weight = layers[entry["shares"]].weight
         else:
-            arrays = [_tensor(file, names, _key(name, array), path) for array in _ARRAYS[1:]]
-            weight = streams.decode(
-                name, tuple(entry["shape"]), entry["bits"], entry["nnz"], *arrays
-            )
+            weight = _decode(file, entry, header["format"])
             like = module.codebook if isinstance(module, QuantSparseModule) else module.weight
             book = weight.codebook if like.is_meta else weight.codebook.to(like.dtype)
             weight.codebook = nn.Parameter(book, requires_grad=like.requires_grad)
@@ -251,9 +253,9 @@ def _fill(
         _key(name, array)
         for name, module in modules.items()
         if any(module is layer for layer in layers.values())
-        for array in _ARRAYS
+        for array in (*_ARRAYS, *_EXTRA)
     }
-    plain = {name: file.get_tensor(name) for name in names - compressed}
+    plain = {name: file.tensor(name) for name in names - compressed}
     aliases = {alias: name for alias, name in header["aliases"].items() if name in plain}
     plain |= {alias: plain[name] for alias, name in aliases.items()}
     assign = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
@@ -274,6 +276,37 @@ def _fill(
             setattr(model.get_submodule(owner), attribute, _attribute(model, name))
 
 
+def _decode(file: StoredFile, entry: dict[str, Any], version: int) -> QuantSparseWeight:
+    name, shape = entry["name"], tuple(entry["shape"])
+    arguments: dict[str, Any] = {}
+    if version == 1:  # positions as they lie in memory, and one code a byte
+        nnz = min(max(entry["nnz"], 0), shape[0] * shape[1])
+        arguments = {
+            "coding": packing.choose_layout(*shape, nnz).name.lower(),
+            "codes_per_byte": 1,
+        }
+    elif entry.get("positions") in streams.CODINGS:
+        arguments = {"coding": entry["positions"]}
+        if entry.get("common"):
+            arguments["common"] = entry["common"]
+            arguments["rare"] = file.section(_key(name, "rare"))
+    else:
+        raise ValueError(
+            f"{file.path}: the header writes positions of {name} as {entry.get('positions')!r}, "
+            f"expected one of {', '.join(streams.CODINGS)}"
+        )
+    return streams.decode(
+        name,
+        shape,
+        entry["bits"],
+        entry["nnz"],
+        file.section(_key(name, "positions")),
+        file.section(_key(name, "codes")),
+        file.tensor(_key(name, "codebook")).clone(),  # which must not keep the file mapped
+        **arguments,
+    )
+
+
 def _attribute(model: nn.Module, name: str) -> Any:
     owner, _, attribute = name.rpartition(".")
     return getattr(model.get_submodule(owner), attribute)
@@ -290,10 +323,8 @@ def _load_into(model: nn.Module, layer: QuantSparseModule, path: str | os.PathLi
     model.relu = layer.relu
 
 
-def _check_fits(
-    entry: dict[str, Any], module: nn.Module | None, path: str | os.PathLike[str]
-) -> None:
-    name = entry["name"]
+def _check_fits(entry: dict[str, Any], module: nn.Module | None, file: StoredFile) -> None:
+    name, path = entry["name"], file.path
     dense, compressed = _KINDS[entry["kind"]]
     if not isinstance(module, (dense, compressed)):
         found = "no module" if module is None else f"a {type(module).__name__}"
@@ -305,9 +336,9 @@ def _check_fits(
     expected = shape or list(weight.shape)
     if entry["shape"] != expected:
         raise ValueError(f"{path}: {name} is {entry['shape']}, but the model's is {expected}")
-
-
-def _tensor(file: Any, names: set[str], name: str, path: str | os.PathLike[str]) -> Tensor:
-    if name not in names:
-        raise ValueError(f"{path} has no tensor {name}")
-    return file.get_tensor(name)
+    bias = _key(name, "bias")
+    if module.bias is not None and bias in file.names and file.shape(bias) != (expected[0],):
+        # A matrix without columns has no streams that would prove its number of rows.
+        raise ValueError(
+            f"{path}: size mismatch for {bias}, {list(file.shape(bias))} for {expected[0]} rows"
+        )
