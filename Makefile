@@ -48,7 +48,7 @@ sanitize-cpu: $(VENV)/installed
 # The readers of files against damaged ones, for a bounded time; finds stay in build/fuzz.
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/installed
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[fuzz]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet atheris  # the extra [fuzz]
 	mkdir -p build/fuzz/corpus
 	$(BIN)/python tests/fuzz/fuzz_load.py -max_total_time=$(FUZZ_SECONDS) \
 	  -artifact_prefix=build/fuzz/ build/fuzz/corpus
