@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _native
+from . import _native, device_packing
 from .packing import Layout
 
 SCRATCH_BYTES = 32 << 20
@@ -70,8 +70,8 @@ def conv2d(
     bias: Tensor | None,
     y: Tensor,
     relu: bool,
-) -> None:
-    """Fills y [batch, M, out_h, out_w] from x [batch, C, h, w], of x's dtype; any strides.
+) -> Tensor:
+    """y [batch, M, out_h, out_w] from x [batch, C, h, w], of x's dtype; any strides.
 
     Args:
         weight: [M, C / groups * kernel_h * kernel_w].
@@ -79,8 +79,11 @@ def conv2d(
         padding: (top, bottom, left, right) in pixels.
         x: float32, float16 or bfloat16.
         bias: floating [M] or None.
-        y: float32, float16 or bfloat16, as x.
+        y: float32, float16 or bfloat16, as x; may be filled.
         relu: applies ReLU.
+
+    Returns:
+        y, or what the dense library made of the whole weight, in a memory format of its choice.
 
     Raises:
         NotImplementedError: x is float64.
@@ -98,11 +101,10 @@ def conv2d(
             out = _output_image(weight, shape, y, bias, relu, splits)
             if _native.device_matmul_fits(weight, source, out):
                 _native.device_matmul(weight, source, out)
-                return
+                return y
             splits *= 2
-    _conv2d_by_slices(weight, shape, padding, x, bias, y)
-    if relu:
-        y.relu_()
+    y = _conv2d_by_slices(weight, shape, padding, x, bias, y)
+    return y.relu_() if relu else y
 
 
 def _conv2d_by_slices(
@@ -112,7 +114,7 @@ def _conv2d_by_slices(
     x: Tensor,
     bias: Tensor | None,
     y: Tensor,
-) -> None:
+) -> Tensor:
     image, even_padding = padded(x, padding)
     kernel = (shape["channels"], shape["kernel_h"], shape["kernel_w"])
     steps = (
@@ -122,8 +124,11 @@ def _conv2d_by_slices(
     )
     for channels, rows, dense, groups in group_slices(weight, shape, x):
         offset = None if bias is None else bias[rows].to(x.dtype)
-        dense = dense.view(-1, *kernel)
-        y[:, rows] = F.conv2d(image[:, channels], dense, offset, *steps, groups)
+        result = F.conv2d(image[:, channels], dense.view(-1, *kernel), offset, *steps, groups)
+        if dense.shape[0] == weight.M:
+            return result
+        y[:, rows] = result
+    return y
 
 
 def padded(x: Tensor, padding: list[int]) -> tuple[Tensor, tuple[int, int]]:
@@ -270,7 +275,9 @@ def _partial(y: Tensor, splits: int, outputs: int) -> Tensor | None:
 
 def _steps(weight: _native.Weight) -> int:
     """Pieces that the columns of a weight are read in: units of 64, or windows of 248."""
-    return max(1, -(-weight.K // (64 if weight.layout == Layout.DENSE else 248)))
+    if weight.layout == Layout.DENSE:
+        return max(1, device_packing.units(weight.M, weight.K)[1])
+    return max(1, device_packing.windows(weight.K))
 
 
 def _splits(blocks: int, wanted: int, steps: int) -> int:

@@ -115,6 +115,13 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     _native.device_properties.cache_clear()
 
 
+@pytest.fixture
+def any_way() -> Iterator[None]:
+    """Lets a test force a way to compute."""
+    yield
+    _native.force_way("auto")
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Real weights and photographs, where a developer has them."""

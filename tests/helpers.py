@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from placekern import QuantSparseWeight
+
+CONVOLUTIONS: list[dict[str, Any]] = [
+    {"channels": 3, "M": 20, "size": (9, 7), "kernel_size": (3, 3), "padding": (1, 1)},
+    {"channels": 20, "M": 33, "size": (6, 6), "kernel_size": (1, 1)},
+    {"channels": 2, "M": 5, "size": (11, 13), "kernel_size": (5, 3), "stride": (2, 3)},
+    {
+        "channels": 8,
+        "M": 17,
+        "size": (8, 9),
+        "kernel_size": (3, 2),
+        "padding": (2, 1, 0, 1),
+        "dilation": (2, 3),
+    },
+    {"channels": 4, "M": 6, "size": (5, 5), "kernel_size": (3, 3), "groups": 2},
+    {"channels": 6, "M": 6, "size": (5, 4), "kernel_size": (2, 2), "groups": 6},
+    {"channels": 30, "M": 70, "size": (3, 3), "kernel_size": (3, 3)},  # one output pixel
+    {"channels": 5, "M": 1, "size": (4, 4), "kernel_size": (3, 3), "padding": (1, 1)},
+]
+"""Convolutions of every kind; what a case leaves out is nn.Conv2d's default."""
 
 
 def random_weight(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_weight, relative_error, with_codebook
+from helpers import CONVOLUTIONS, random_weight, relative_error, with_codebook
 from torch import Tensor
 
 from placekern import QuantSparseWeight, _native, device, ops
@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 
 LAYOUTS = [Layout.DENSE, Layout.PAIRS]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture
-def any_way() -> Iterator[None]:
-    yield
-    _native.force_way("auto")
 
 
 @pytest.fixture
@@ -136,24 +130,7 @@ def test_gradients_are_the_same_every_time(gpu: Gpu) -> None:
             assert torch.equal(result[1], results[0][1])
 
 
-CASES: list[dict[str, Any]] = [
-    {"channels": 3, "M": 20, "size": (9, 7), "kernel_size": (3, 3), "padding": (1, 1)},
-    {"channels": 2, "M": 5, "size": (11, 13), "kernel_size": (5, 3), "stride": (2, 3)},
-    {
-        "channels": 8,
-        "M": 17,
-        "size": (8, 9),
-        "kernel_size": (3, 2),
-        "padding": (2, 1, 0, 1),
-        "dilation": (2, 3),
-    },
-    {"channels": 4, "M": 6, "size": (5, 5), "kernel_size": (3, 3), "groups": 2},
-    {"channels": 6, "M": 6, "size": (5, 4), "kernel_size": (2, 2), "groups": 6},
-    {"channels": 30, "M": 70, "size": (3, 3), "kernel_size": (3, 3)},
-]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

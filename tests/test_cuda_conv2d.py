@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_weight, relative_error
+from helpers import CONVOLUTIONS, random_weight, relative_error
 
 from placekern import _native, device, ops
 from placekern.packing import Layout
@@ -18,32 +17,8 @@ if TYPE_CHECKING:
 
 ROUNDING = {torch.float32: 2e-3, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
-CASES: list[dict[str, Any]] = [
-    {"channels": 3, "M": 20, "size": (9, 7), "kernel_size": (3, 3), "padding": (1, 1)},
-    {"channels": 20, "M": 33, "size": (6, 6), "kernel_size": (1, 1)},
-    {"channels": 2, "M": 5, "size": (11, 13), "kernel_size": (5, 3), "stride": (2, 3)},
-    {
-        "channels": 8,
-        "M": 17,
-        "size": (8, 9),
-        "kernel_size": (3, 2),
-        "padding": (2, 1, 0, 1),
-        "dilation": (2, 3),
-    },
-    {"channels": 4, "M": 6, "size": (5, 5), "kernel_size": (3, 3), "groups": 2},
-    {"channels": 6, "M": 6, "size": (5, 4), "kernel_size": (2, 2), "groups": 6},
-    {"channels": 30, "M": 70, "size": (3, 3), "kernel_size": (3, 3)},  # one output pixel
-    {"channels": 5, "M": 1, "size": (4, 4), "kernel_size": (3, 3), "padding": (1, 1)},
-]
 
-
-@pytest.fixture
-def any_way() -> Iterator[None]:
-    yield
-    _native.force_way("auto")
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("way", ["direct", "decode"])
 @pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -22,12 +22,6 @@ LAYOUTS = [Layout.DENSE, Layout.PAIRS]
 
 
 @pytest.fixture
-def any_way() -> Iterator[None]:
-    yield
-    _native.force_way("auto")
-
-
-@pytest.fixture
 def tf32() -> Iterator[None]:
     """Lets float32 products be rounded to TF32, as torch would."""
     before = torch.get_float32_matmul_precision()

@@ -22,8 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weight": {"packing", "device_packing", "proofs"},
     "reference": set(),
     "_native": {"_cpu", "_cuda"},
-    "device": {"_native", "packing"},
-    "device_backward": {"_native", "packing", "device"},
+    "device": {"_native", "packing", "device_packing"},
+    "device_backward": {"_native", "device"},
 }
 MAY_IMPORT["ops"] = MAY_IMPORT["weight"] | {"_native", "weight", "device", "device_backward"}
 MAY_IMPORT["module"] = MAY_IMPORT["weight"] | {"weight"}

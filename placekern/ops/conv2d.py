@@ -144,8 +144,8 @@ def _conv2d(x: Tensor, *args: Any) -> Tensor:
     shape = _conv2d_shape(x, weight, *sizes)
     if weight.layout in DEVICE_LAYOUTS:
         y = _conv2d_empty(x, weight, shape)
-        device.conv2d(weight, shape, sizes[2], x.detach(), bias, y, relu)
-        return y
+        y = device.conv2d(weight, shape, sizes[2], x.detach(), bias, y, relu)
+        return y.contiguous(memory_format=_memory_format(x))
     dtype = common.compute_dtype(x)
     image = x.detach().to(dtype)
     y = _conv2d_empty(image, weight, shape)
