@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..weight import QuantSparseWeight, as_matrix
 from . import prune, quantize
+from .kmeans_init import INITS
+from .settings_file import read_settings
 
 _METHODS = ("kmeans", "uniform")
 
@@ -33,6 +36,11 @@ class CompressConfig:
         entropy_lambda: above 0, k-means also counts the length of a code in the file: it minimises
             squared error + entropy_lambda x mean square x bits, which spends some error to save
             bytes. 0.001 is much for 8 bits, and little for 5.
+        init: where k-means starts: "optimal" (measures best), "linear", "density" or "kmeans++",
+            see `placekern.compress.kmeans_init`.
+        group_size: output channels that share a codebook; None: all of the layer. Smaller groups
+            leave less error and cost 4 x 2^bits bytes a group: for few bits. A layer of M channels
+            has ceil(M / group_size) groups of equal size, but for the last.
 
     Raises:
         ValueError: a field is out of range or unknown.
@@ -44,6 +52,8 @@ class CompressConfig:
     method: str = "kmeans"
     layers: Mapping[str, CompressConfig | Mapping[str, Any] | None] = field(default_factory=dict)
     entropy_lambda: float = 0.0
+    init: str = "optimal"
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
@@ -74,6 +84,15 @@ class CompressConfig:
             raise ValueError(
                 f"entropy_lambda is {price} with method {self.method!r}; it needs 'kmeans'"
             )
+        if self.init not in INITS:
+            raise ValueError(f"init is {self.init!r}, expected one of {', '.join(INITS)}")
+        if self.init != "optimal" and self.method != "kmeans":
+            raise ValueError(
+                f"init is {self.init!r} with method {self.method!r}; it is k-means' own"
+            )
+        size = self.group_size
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"group_size is {size!r}, expected an integer >= 1 or None")
         if not isinstance(self.layers, Mapping):
             raise ValueError(
                 f"layers is {self.layers!r}, expected a mapping from names to settings"
@@ -90,6 +109,16 @@ class CompressConfig:
         """
         _check_keys(settings, "config")
         return cls(**settings)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> CompressConfig:
+        """A config from a .json, .yaml or .yml file.
+
+        Raises:
+            ModuleNotFoundError: a YAML file, and PyYAML is not installed.
+            ValueError: another ending, a file that does not parse, or values that do not fit.
+        """
+        return cls.from_dict(read_settings(path))
 
     def for_layer(self, name: str, module: nn.Module) -> CompressConfig | None:
         """The setting of one layer, None when it stays dense."""
@@ -113,7 +142,7 @@ class CompressConfig:
         if "threshold" in setting or "sparsity" in setting:
             own |= {"threshold": None, "sparsity": None}  # an exception replaces the way to prune
         if setting.get("method", "kmeans") != "kmeans":
-            own["entropy_lambda"] = 0.0  # which is k-means' own
+            own |= {"entropy_lambda": 0.0, "init": "optimal"}  # which are k-means' own
         return CompressConfig(**(own | dict(setting)))
 
     def mask(self, weight: Tensor) -> Tensor:
@@ -137,17 +166,31 @@ class CompressConfig:
                 f"weight[{row}, {column}] is {matrix[row, column].item()}, expected finite weights"
             )
         mask = self.mask(matrix)
-        values = matrix[mask]
-        if self.entropy_lambda:
-            codebook, boundaries = quantize.fit_entropy_constrained(
-                values, 1 << self.bits, self.entropy_lambda
-            )
-            codes = quantize.assign(values, boundaries)
+        groups = -(-len(matrix) // (self.group_size or len(matrix) or 1))
+        group_size = -(-len(matrix) // max(groups, 1)) or 1
+        books, codes = [], []
+        for rows, kept in zip(matrix.split(group_size), mask.split(group_size), strict=True):
+            book, code = self._quantize(rows[kept])
+            books.append(book)
+            codes.append(code)
+        codebook = torch.stack(books) if len(books) > 1 else books[0]
+        return QuantSparseWeight.from_mask(
+            mask, torch.cat(codes), codebook.to(weight.device, weight.dtype)
+        )
+
+    def _quantize(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A codebook, float32 [2^bits], and codes, uint8 [n], of the kept weights [n]."""
+        clusters = 1 << self.bits
+        if self.method == "uniform":
+            codebook = quantize.fit_uniform(values, clusters)
+        elif not self.entropy_lambda:
+            codebook = quantize.fit_kmeans(values, clusters, init=self.init)
         else:
-            fit = quantize.fit_kmeans if self.method == "kmeans" else quantize.fit_uniform
-            codebook = fit(values, 1 << self.bits)
-            codes, _, _ = ops.kmeans_assign(values, codebook)
-        return QuantSparseWeight.from_mask(mask, codes, codebook.to(weight.device, weight.dtype))
+            codebook, boundaries = quantize.fit_entropy_constrained(
+                values, clusters, self.entropy_lambda, init=self.init
+            )
+            return codebook, quantize.assign(values, boundaries)
+        return codebook, ops.kmeans_assign(values, codebook)[0]
 
 
 def _check_keys(settings: Mapping[str, Any], where: str) -> None:

@@ -14,14 +14,20 @@ from torch import Tensor
 
 from .. import ops
 from ..weight import midpoints
+from .kmeans_init import INITS, initial_centroids
+from .sorted_points import PIECE, SortedPoints
 
-_SUMMARY = 4096  # points of each of the two spacings that make the summary
-_BLOCK = 32  # sorted points that share a prefix sum
 _ENOUGH = 1e-6  # a step that lowers the cost by a smaller share is the last
-_PIECE = 1 << 22  # values handled at a time where a wider copy of them is made
 
 
-def fit_kmeans(values: Tensor, clusters: int, iterations: int = 1000) -> Tensor:
+def fit_kmeans(
+    values: Tensor,
+    clusters: int,
+    iterations: int = 1000,
+    *,
+    init: str = "optimal",
+    seed: int = 0,
+) -> Tensor:
     """Centroids of 1-D k-means, float32 [clusters], sorted, on the device of the values.
 
     Args:
@@ -29,34 +35,45 @@ def fit_kmeans(values: Tensor, clusters: int, iterations: int = 1000) -> Tensor:
         clusters: number of centroids, 1 to 256. With no more distinct values than this, the
             distinct values are returned (the largest repeated) and nothing is lost.
         iterations: of Lloyd's algorithm, at most this many.
+        init: where it starts: "optimal", "linear", "density" or "kmeans++"; see
+            `placekern.compress.kmeans_init`.
+        seed: of "kmeans++".
+
+    Raises:
+        ValueError: the init is unknown.
     """
+    if init not in INITS:
+        raise ValueError(f"init is {init!r}, expected one of {', '.join(map(repr, INITS))}")
     if values.numel() == 0:
         return torch.zeros(clusters, device=values.device)
-    return _fit(_SortedPoints(values.detach().float().reshape(-1)), clusters, iterations)
+    points = SortedPoints(values.detach().float().reshape(-1))
+    return _fit(points, clusters, iterations, init, seed)
 
 
-def _fit(points: _SortedPoints, clusters: int, iterations: int) -> Tensor:
+def _fit(points: SortedPoints, clusters: int, iterations: int, init: str, seed: int) -> Tensor:
     distinct = points.distinct(clusters)
     if distinct is not None:
         return torch.cat([distinct, distinct[-1:].expand(clusters - len(distinct))])
 
-    edges = _optimal_edges(points, clusters)
-    centroids = torch.zeros(clusters, dtype=torch.float64, device=points.values.device)
+    centroids = initial_centroids(points, clusters, init, seed)
     for _ in range(iterations):
-        counts = edges.diff()
-        means = points.sums(edges).diff() / counts.clamp(min=1)
-        # An empty cluster repeats its neighbour; it stays empty, and costs nothing.
-        first = means[(counts > 0).int().argmax(keepdim=True)]
-        moved = torch.where(counts > 0, means, first).cummax(0).values
+        edges = points.edges(midpoints(centroids))
+        # A centroid with no point stays where it is, which is between its neighbours.
+        moved = torch.where(edges.diff() > 0, points.means(edges), centroids)
         if torch.equal(moved, centroids):
             break
         centroids = moved
-        edges[1:-1] = points.not_above(midpoints(centroids))
     return centroids.float()
 
 
 def fit_entropy_constrained(
-    values: Tensor, clusters: int, entropy_lambda: float, iterations: int = 1000
+    values: Tensor,
+    clusters: int,
+    entropy_lambda: float,
+    iterations: int = 1000,
+    *,
+    init: str = "optimal",
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """k-means in which a centroid also costs the length of its code (Chou, Lookabaugh, Gray 1989).
 
@@ -70,6 +87,7 @@ def fit_entropy_constrained(
         entropy_lambda: what a bit may cost, as a share of the values' mean square, so that one
             number suits layers of any scale; 0 is plain k-means.
         iterations: at most this many.
+        init, seed: of the plain k-means that it starts from, see `fit_kmeans`.
 
     Returns:
         centroids, float32 [clusters], sorted, and boundaries, float32 [clusters - 1], sorted: a
@@ -84,8 +102,8 @@ def fit_entropy_constrained(
     if values.numel() == 0:
         centroids = torch.zeros(clusters, device=values.device)
         return centroids, midpoints(centroids)
-    points = _SortedPoints(values.detach().float().reshape(-1))
-    centroids = _fit(points, clusters, iterations)
+    points = SortedPoints(values.detach().float().reshape(-1))
+    centroids = _fit(points, clusters, iterations, init, seed)
     boundaries = midpoints(centroids)
     if entropy_lambda == 0:
         return centroids, boundaries
@@ -94,7 +112,7 @@ def fit_entropy_constrained(
     means = centroids.double()
     cost = float("inf")
     for _ in range(iterations):
-        edges = torch.cat([points.ends[:1], points.not_above(boundaries), points.ends[1:]])
+        edges = points.edges(boundaries)
         counts = edges.diff()
         used = counts > 0
         means = torch.where(used, points.sums(edges).diff() / counts.clamp(min=1), means)
@@ -121,10 +139,36 @@ def assign(values: Tensor, boundaries: Tensor) -> Tensor:
         uint8 [n], on the device of the values.
     """
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
-    for start in range(0, values.numel(), _PIECE):  # bounds the wider temporaries
-        piece = slice(start, start + _PIECE)
+    for start in range(0, values.numel(), PIECE):  # bounds the wider temporaries
+        piece = slice(start, start + PIECE)
         codes[piece] = torch.bucketize(values[piece], boundaries, out_int32=True)
     return codes
+
+
+def assign_anew(
+    values: Tensor, codebook: Tensor, codes: Tensor, entropy_lambda: float = 0.0
+) -> Tensor:
+    """Codes of values whose codebook has moved: the nearest entry, or the cheapest.
+
+    Args:
+        values: float32 [n].
+        codebook: float32 [clusters], in any order.
+        codes: uint8 [n], those of before: their frequencies give the lengths of codes, and an
+            entry that none of them used stays unused where lengths count.
+        entropy_lambda: what a bit costs, as in `fit_entropy_constrained`; 0: nothing.
+
+    Returns:
+        uint8 [n].
+    """
+    if not entropy_lambda or not values.numel():
+        return ops.kmeans_assign(values, codebook)[0]
+    entries, order = codebook.double().sort(stable=True)
+    counts = torch.bincount(codes.int(), minlength=len(codebook))[order]
+    lengths = -(counts.clamp(min=1).double() / len(values)).log2()
+    squares = sum(float(piece.double().square().sum()) for piece in values.split(PIECE))
+    prices = entropy_lambda * squares / len(values) * lengths
+    boundaries = _priced_boundaries(entries, prices, counts > 0)
+    return order.to(torch.uint8)[assign(values, boundaries).int()]
 
 
 def _priced_boundaries(means: Tensor, prices: Tensor, used: Tensor) -> Tensor:
@@ -171,93 +215,3 @@ def fit_uniform(values: Tensor, clusters: int) -> Tensor:
     low, high = values.detach().float().aminmax()
     levels = np.linspace(float(low), float(high), clusters)  # float32 steps could overflow
     return torch.from_numpy(levels.astype(np.float32)).to(values.device)
-
-
-class _SortedPoints:
-    """Values in rising order, float32 [n], and sums of the first of them.
-
-    A prefix sum is kept for each block of points, not for each point: that is less memory, and
-    the same on every run, which a long torch.cumsum of floats on a GPU is not.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        if values.is_cuda:
-            self.values = values.sort().values
-        else:  # numpy sorts, and adds rows, several times faster than torch on one thread
-            self.values = torch.from_numpy(np.sort(values.numpy()))
-        blocks = len(values) // _BLOCK
-        whole = self.values[: blocks * _BLOCK].view(blocks, _BLOCK)
-        if values.is_cuda:
-            sums = whole.sum(1, dtype=torch.float64).cpu()
-        else:
-            sums = torch.from_numpy(whole.numpy().sum(1, dtype=np.float64))
-        self._prefix = torch.cat([sums.new_zeros(1), sums.cumsum(0)]).to(values.device)
-        self._within = torch.arange(_BLOCK, device=values.device)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def sums(self, edges: Tensor) -> Tensor:
-        """For each edge, int64 [k] of 0 to n, the float64 sum of the points before it."""
-        block = edges // _BLOCK
-        at = block[:, None] * _BLOCK + self._within
-        points = self.values[at.clamp(max=len(self) - 1)].double()
-        return self._prefix[block] + torch.where(at < edges[:, None], points, 0.0).sum(1)
-
-    @property
-    def ends(self) -> Tensor:
-        """0 and n, int64 [2]."""
-        return torch.tensor([0, len(self)], device=self.values.device)
-
-    @property
-    def squares(self) -> Tensor:
-        """The float64 sum of the squares of all points."""
-        pieces = self.values.split(_PIECE)
-        return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
-
-    def below(self, bounds: Tensor) -> Tensor:
-        """How many points lie below each bound, float32 [k] -> int64 [k]."""
-        return torch.searchsorted(self.values, bounds)
-
-    def not_above(self, bounds: Tensor) -> Tensor:
-        """How many points lie below each bound or on it, float32 [k] -> int64 [k]."""
-        return torch.searchsorted(self.values, bounds, right=True)
-
-    def distinct(self, most: int) -> Tensor | None:
-        """The distinct values when there are no more than `most`, else None."""
-        sample = self.values[:: max(1, len(self) >> 16)]  # often enough to tell
-        if len(sample.unique_consecutive()) > most:
-            return None
-        distinct = self.values.unique_consecutive()
-        return distinct if len(distinct) <= most else None
-
-
-def _optimal_edges(points: _SortedPoints, clusters: int) -> Tensor:
-    """Where clusters begin and end in sorted points, int64 [clusters + 1]; best for a summary."""
-    edges = _summary_edges(points)
-    weights = edges.diff().double()
-    means = points.sums(edges).diff() / weights
-    starts = ops.kmeans_optimal(means.cpu(), weights.cpu(), clusters)
-    return torch.cat([edges[starts.to(edges.device)], edges[-1:]])
-
-
-def _summary_edges(points: _SortedPoints) -> Tensor:
-    """Where the points of the summary begin and end; equal values are never parted.
-
-    Half of the edges lie at equal counts, half where an optimal quantizer of many levels would put
-    them: with the cube root of the density (Panter and Dite, Proc. IRE 39, 1951).
-    """
-    n, device = len(points), points.values.device
-    if n <= 2 * _SUMMARY:
-        at = points.values
-    else:
-        equal = torch.from_numpy(np.linspace(0, n - 1, _SUMMARY).astype(np.int64))
-        at = points.values[equal.to(device)]
-        knots = np.unique(at.cpu().numpy()).astype(np.float64)
-        # Between two knots lies the same mass, so the density is 1 / width, and its cube root
-        # integrates to width^(2/3).
-        mass = np.concatenate([[0.0], np.cumsum(np.diff(knots) ** (2 / 3))])
-        spread = np.interp(np.linspace(0, mass[-1], _SUMMARY), mass, knots).astype(np.float32)
-        at = torch.cat([at, torch.from_numpy(spread).to(device)])
-    ends = torch.tensor([0, n], device=device)
-    return torch.cat([points.below(at), ends]).unique()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from .config import CompressConfig
 from .prune import PruneSchedule
+from .settings_file import read_settings
 from .trained import GRADIENTS, GRIDS
 
 _L1_MODES = ("penalty", "proximal")
@@ -142,28 +141,7 @@ class RecipeConfig:
             ModuleNotFoundError: a YAML file, and PyYAML is not installed.
             ValueError: another ending, a file that does not parse, or values that do not fit.
         """
-        path = Path(path)
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            parse, broken = json.loads, json.JSONDecodeError
-        elif path.suffix in (".yaml", ".yml"):
-            try:
-                import yaml
-            except ModuleNotFoundError:
-                raise ModuleNotFoundError(
-                    f"{path} is YAML, which needs PyYAML: pip install pyyaml, or write JSON",
-                    name="yaml",
-                ) from None
-            parse, broken = yaml.safe_load, yaml.YAMLError
-        else:
-            raise ValueError(f"{path} ends in {path.suffix!r}, expected .json, .yaml or .yml")
-        try:
-            settings = parse(text)
-        except broken as error:
-            raise ValueError(f"{path} does not parse: {error}") from None
-        if not isinstance(settings, Mapping):
-            raise ValueError(f"{path} holds {type(settings).__name__}, expected a mapping of names")
-        return cls.from_dict(settings)
+        return cls.from_dict(read_settings(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_dict` takes them back."""
