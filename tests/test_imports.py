@@ -29,7 +29,8 @@ MAY_IMPORT["ops"] = MAY_IMPORT["weight"] | {"_native", "weight", "device", "devi
 MAY_IMPORT["module"] = MAY_IMPORT["weight"] | {"weight"}
 MAY_IMPORT["nn"] = MAY_IMPORT["module"] | {"module", "ops"}
 MAY_IMPORT["io"] = MAY_IMPORT["nn"] | {"nn", "reference", "_version"}
-MAY_IMPORT["compress"] = MAY_IMPORT["io"] | {"io"}  # which counts the bytes of a file
+# io counts the bytes of a file; _native says at which level the kernels run.
+MAY_IMPORT["compress"] = MAY_IMPORT["io"] | {"io", "_native"}
 MAY_IMPORT["vpr"] = MAY_IMPORT["compress"] | {"compress"}
 MAY_IMPORT["cli"] = MAY_IMPORT["vpr"] | {"vpr", "_native", "placekern"}
 MAY_IMPORT["__main__"] = {"cli"}

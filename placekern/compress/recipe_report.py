@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .cost import CostReport
 from .report import CompressReport, LayerReport
 
 
@@ -71,11 +72,15 @@ class RecipeReport:
 
 
 def read_report(values: Mapping[str, Any]) -> CompressReport:
-    """A report from the plain values of its `to_dict`."""
+    """A report from the plain values of its `to_dict`, also from one that had fewer of them."""
     names = [f.name for f in fields(LayerReport)]
     rows = tuple(
         LayerReport(**{k: tuple(v) if k == "shape" else v for k, v in row.items() if k in names})
         for row in values["layers"]
     )
-    totals = {f.name: values[f.name] for f in fields(CompressReport) if f.name != "layers"}
-    return CompressReport(layers=rows, **totals)
+    own = [f.name for f in fields(CompressReport) if f.name not in ("layers", "cost")]
+    totals = {name: values[name] for name in own if name in values}
+    cost = values.get("cost")
+    return CompressReport(
+        layers=rows, cost=None if cost is None else CostReport.from_dict(cost), **totals
+    )

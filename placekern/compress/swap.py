@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..io.streams import encoded_bytes
-from ..nn import (
-    COMPRESSED_KINDS,
-    QuantSparseModule,
-    replace_module,
-)
+from ..io.sizes import LayerSizes, WeightSizes, planned_sizes, weight_sizes
+from ..nn import COMPRESSED_KINDS, QuantSparseModule, quant_sparse_layers, replace_module
+from ..packing import READ_PADDING
 from ..weight import QuantSparseWeight, as_matrix
 from .config import CompressConfig
+from .cost import predict_layers
+from .cost_trace import Example, passes
 from .report import CompressReport, LayerReport
 
 
@@ -26,6 +25,7 @@ def compress_(
     config: CompressConfig | Mapping[str, Any] | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    example: Example | None = None,
 ) -> CompressReport:
     """Prunes and quantizes a model's layers in place, one shot.
 
@@ -40,6 +40,9 @@ def compress_(
         config: a `CompressConfig` or a dict of its fields; None is 8-bit k-means, no pruning.
         filter_fn: called with (module, name); False leaves that layer dense.
         progress: called with (layer, done, total) before each layer and at the end.
+        example: an input of the model (a tensor, a tuple of arguments or a mapping of keyword
+            arguments): the report then predicts each layer's time and warns where it will be slower
+            than dense. Measures the machine for one to three seconds, once a process.
 
     Returns:
         A report, a row a layer; `print` it.
@@ -48,6 +51,7 @@ def compress_(
         TypeError: the model is itself a Conv2d or Linear layer.
         ValueError: the config is out of range or names a layer that is not there, or a weight is
             not finite or on the meta device; the model is then unchanged.
+        Exception: whatever the model raises when the example does not fit it.
     """
     if config is None:
         config = CompressConfig()
@@ -73,11 +77,16 @@ def compress_(
     if unused:
         raise ValueError(f"layers[{unused[0]!r}] fits no layer of the model; check its spelling")
 
+    for name, layer in quant_sparse_layers(model):
+        if layer.codebook.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no weights; load them first")
     # Everything is computed before anything is swapped: an error leaves the model as it was.
+    seen = None if example is None else passes(model, example)
     before = _tensors(model)
+    float32_bytes = _float32_bytes(model, before)
     weights: dict[tuple[Any, ...], QuantSparseWeight] = {}
-    swaps: list[tuple[nn.Module, QuantSparseModule]] = []
-    rows = []
+    encoded: dict[int, WeightSizes] = {}
+    swaps: list[tuple[str, nn.Module, QuantSparseModule]] = []
     for done, (name, module, own) in enumerate(work):
         if progress:
             progress(name, done, len(work))
@@ -91,46 +100,81 @@ def compress_(
             weights[key].codebook = nn.Parameter(
                 weights[key].codebook, requires_grad=module.weight.requires_grad
             )
-        layer = COMPRESSED_KINDS[type(module)].from_weight(weights[key], module)
-        first = all(layer.codes is not other.codes for _, other in swaps)
-        swaps.append((module, layer))
-        rows.append(_row(name, module, layer, first))
-    for module, layer in swaps:
+            encoded[id(weights[key].codes)] = weight_sizes(weights[key])
+        swaps.append(
+            (name, module, COMPRESSED_KINDS[type(module)].from_weight(weights[key], module))
+        )
+    for _, module, layer in swaps:
         replace_module(model, module, layer)
     if progress:
         progress("done", len(work), len(work))
-    after = _tensors(model)
-    layers = [layer for _, layer in swaps]
-    arrays = {id(t) for layer in layers for t in (*layer.buffers(), layer.codebook)}
+    file = planned_sizes(model, lambda weight: encoded.get(id(weight.codes)))
+    sizes = {row.name: row for row in file.layers}
+    counted: set[int] = set()
     return CompressReport(
-        layers=tuple(rows),
+        layers=tuple(_row(m, layer, sizes[name], counted) for name, m, layer in swaps),
         dense_bytes=sum(t.nbytes for t in before.values()),
-        resident_bytes=sum(t.nbytes for t in after.values()),
-        disk_bytes=sum(
-            row.disk_bytes - _bias_bytes(layer) for row, layer in zip(rows, layers, strict=True)
-        )
-        + sum(t.nbytes for key, t in after.items() if key not in arrays),
+        resident_bytes=sum(t.nbytes for t in _tensors(model).values()),
+        disk_bytes=file.tensors,
+        float32_bytes=float32_bytes,
+        header_bytes=file.header,
+        padding_bytes=file.padding,
+        cost=None
+        if seen is None
+        else predict_layers([(name, layer) for name, _, layer in swaps], seen),
     )
 
 
-def _row(name: str, module: nn.Module, layer: QuantSparseModule, first: bool) -> LayerReport:
-    bias = _bias_bytes(layer)
+def _row(
+    module: nn.Module, layer: QuantSparseModule, file: LayerSizes, counted: set[int]
+) -> LayerReport:
+    """A layer's row; what an earlier one has `counted` is not its own."""
+
+    def own(tensor: Tensor | None) -> int:
+        if tensor is None or id(tensor) in counted:
+            return 0
+        counted.add(id(tensor))
+        return tensor.nbytes
+
     weight = layer.weight
+    dense, bias, codebook = own(module.weight), own(layer.bias), own(weight.codebook)
+    row_ptr, positions, codes = own(weight.row_ptr), own(weight.positions), own(weight.codes)
+    padding = READ_PADDING if codes else 0
     return LayerReport(
-        name=name,
+        name=file.name,
         kind=type(module).__name__,
         shape=tuple(module.weight.shape),
         bits=layer.bits,
         nnz=weight.nnz,
         relative_error=_relative_error(module.weight, weight),
-        dense_bytes=bias + (module.weight.nbytes if first else 0),
-        resident_bytes=bias + (weight.nbytes if first else 0),
-        disk_bytes=bias + (encoded_bytes(weight) if first else 0),
+        dense_bytes=bias + dense,
+        resident_bytes=bias + codebook + row_ptr + positions + codes,
+        disk_bytes=file.total,
+        positions_bytes=file.positions,
+        codes_bytes=file.codes,
+        codebook_bytes=file.codebook,
+        bias_bytes=file.bias,
+        positions_bound=file.positions_bound,
+        codes_bound=file.codes_bound,
+        resident_positions_bytes=positions - padding,
+        resident_codes_bytes=codes - padding,
+        row_ptr_bytes=row_ptr,
+        read_padding_bytes=2 * padding,
     )
 
 
-def _bias_bytes(layer: QuantSparseModule) -> int:
-    return 0 if layer.bias is None else layer.bias.nbytes
+def _float32_bytes(model: nn.Module, tensors: Mapping[int, Tensor]) -> int:
+    """Of a model's tensors in float32; what is compressed already counts as it was before."""
+    left = dict(tensors)
+    total = 0
+    for _, layer in quant_sparse_layers(model):
+        weight = layer.weight
+        arrays = (weight.row_ptr, weight.positions, weight.codes, weight.codebook)
+        if left.pop(id(weight.codes), None) is not None:
+            total += 4 * weight.shape[0] * weight.shape[1]
+        for tensor in arrays:
+            left.pop(id(tensor), None)
+    return total + sum(4 * t.numel() if t.is_floating_point() else t.nbytes for t in left.values())
 
 
 @torch.no_grad()

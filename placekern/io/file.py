@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -49,7 +50,36 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
         OSError: the file cannot be written.
     """
     path = Path(path)
-    tensors: dict[str, Tensor] = {}
+    found = contents(model)
+    plain = {k: t.detach().cpu().contiguous().clone() for k, t in found.plain.items()}
+    with written_beside(path) as temporary:
+        save_file(found.streams | plain, temporary, metadata={stored.METADATA: found.text})
+        stored.write_checksum(temporary)
+    return path.stat().st_size
+
+
+class Contents(NamedTuple):
+    """What the file of a model holds: `save` writes it, `planned_sizes` weighs it.
+
+    Attributes:
+        streams: uint8 tensors, by name.
+        plain: all other tensors, the model's own: codebooks, biases and what is not compressed.
+        layers: an entry a compressed layer, as in the header.
+        text: our entry of the file's header.
+    """
+
+    streams: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    layers: list[dict[str, Any]]
+    text: str
+
+
+def contents(
+    model: nn.Module, encode: Callable[[QuantSparseWeight], streams.Encoded] = streams.encode
+) -> Contents:
+    """What `save` writes for a model; `encode` makes the streams of a weight."""
+    made: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
     entries = []
     owners_of: dict[str, QuantSparseModule] = {}
     skip = set()
@@ -69,14 +99,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
             entry["shares"] = owners[0]
         else:
             owners_of[name] = layer
-            encoded = streams.encode(weight)
+            encoded = encode(weight)
             entry["positions"] = encoded.coding
-            tensors[_key(name, "positions")] = encoded.positions
-            tensors[_key(name, "codes")] = encoded.codes
+            made[_key(name, "positions")] = encoded.positions
+            made[_key(name, "codes")] = encoded.codes
             if encoded.rare is not None:
                 entry["common"] = encoded.common
-                tensors[_key(name, "rare")] = encoded.rare
-            tensors[_key(name, "codebook")] = weight.codebook.detach().cpu().clone()
+                made[_key(name, "rare")] = encoded.rare
+            plain[_key(name, "codebook")] = weight.codebook
         entries.append(entry)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantSparseModule):
@@ -91,20 +121,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> int:
             aliases[name] = names[id(tensor)]
         else:
             names[id(tensor)] = name
-            tensors[name] = tensor.detach().cpu().contiguous().clone()
+            plain[name] = tensor
+    architecture = getattr(model, "architecture", None)
     header = {
         "format": FORMAT_VERSION,
-        "architecture": getattr(model, "architecture", None),
+        # A network may have an attribute of this name that means something else.
+        "architecture": architecture if _sound_architecture(architecture) else None,
         "layers": entries,
         "aliases": aliases,
     }
     # The checksum comes first, where it is found without understanding the rest, and covers it all.
     rest = json.loads(json.dumps(header, sort_keys=True))
-    text = json.dumps({"crc32": stored.NO_CHECKSUM, **rest})
-    with written_beside(path) as temporary:
-        save_file(tensors, temporary, metadata={stored.METADATA: text})
-        stored.write_checksum(temporary)
-    return path.stat().st_size
+    return Contents(made, plain, entries, json.dumps({"crc32": stored.NO_CHECKSUM, **rest}))
 
 
 def _same_weight(one: QuantSparseModule, other: QuantSparseModule) -> bool:
@@ -116,6 +144,12 @@ def _same_weight(one: QuantSparseModule, other: QuantSparseModule) -> bool:
 
 def _key(layer: str, tensor: str) -> str:
     return f"{layer}.{tensor}" if layer else tensor  # the model itself may be the layer
+
+
+def tensor_names(layer: str) -> dict[str, str]:
+    """Names in a file of a compressed layer's tensors, by what they hold."""
+    roles = ("positions", "codes", "rare", "codebook", "bias")
+    return {role: _key(layer, role) for role in roles}
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -157,6 +191,18 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             model = _build(architecture).eval()
         _fill(model, file, header)
     return model
+
+
+def read_weights(file: StoredFile) -> Iterator[tuple[str, QuantSparseWeight]]:
+    """Name and weight of each compressed layer that stores one, decoded one after the other.
+
+    Raises:
+        ValueError: the file is damaged, or not one of placekern's.
+    """
+    header = _header(file)
+    for entry in header["layers"]:
+        if "shares" not in entry:
+            yield entry["name"], _decode(file, entry, header["format"])
 
 
 def _build(architecture: dict[str, Any]) -> nn.Module:
