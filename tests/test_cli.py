@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,17 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 import placekern as pk
+from placekern.cli import app
 from placekern.cli import demo as demo_module
-from placekern.cli.settings import image_size
+from placekern.cli.settings import compress_config, image_size
 
 for package in ("rich", "typer", "zstandard"):  # in the processes that the tests start
     pytest.importorskip(package)
+
+ROOT = Path(pk.__file__).parents[1]
 
 
 def run(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
@@ -97,6 +102,7 @@ def test_compress_inspect_evaluate(photographs: Path) -> None:
         (["inspect", __file__], "is not a sound safetensors file"),
         (["compress", "resnet-netvlad", "-o", "x"], "unknown network 'resnet-netvlad'"),
         (["compress", "tiny-netvlad", "-o", "no/such/folder/x"], "no/such/folder"),
+        (["train", "tiny-netvlad", "-o", "x", "--images", "nowhere"], "no folder at nowhere"),
         (["evaluate", "nowhere.safetensors"], "give --dataset, or both"),
         (["demo", "--dataset", "nowhere"], "--weights and --dataset go together"),
         (["evaluate", "x", "--dataset", "y", "--size", "big"], '--size is "big", expected HEIGHTx'),
@@ -123,6 +129,40 @@ def test_image_size() -> None:
     for text in ("240", "240x", "0x5", "-1x5", "axb", "1x2x3"):
         with pytest.raises(ValueError, match="expected HEIGHTxWIDTH"):
             image_size(text)
+
+
+def test_compress_by_a_config_file(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"bits": 5, "layers": {"backbone.conv1": null, "*conv4": {"bits": 3}}}')
+    file = tmp_path / "model.safetensors"
+    arguments = ["compress", "tiny-netvlad", "-o", str(file), "--config", str(config), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    bits = {row["name"]: row["bits"] for row in json.loads(result.stdout)["layers"]}
+    assert bits == {"backbone.conv2": 5, "backbone.conv3": 5, "backbone.conv4": 3}
+    for option, value in (("bits", "5"), ("threshold", "0.1"), ("method", "uniform")):
+        result = CliRunner().invoke(app, [*arguments, f"--{option}", value])
+        assert f"leaves nothing to --{option}: give one or the other" in str(result.exception)
+    config.write_text('{"bits": 5, "width": 3}')
+    assert "unknown key 'width'" in str(CliRunner().invoke(app, arguments).exception)
+
+
+def test_a_config_of_options() -> None:
+    assert compress_config(None, bits=None, sparsity=None, method=None) == pk.CompressConfig()
+    given = compress_config(None, bits=3, sparsity=0.5, entropy_lambda=0.1)
+    assert given == pk.CompressConfig(bits=3, sparsity=0.5, entropy_lambda=0.1)
+
+
+def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("bits: 5")
+    (tmp_path / "yaml.py").write_text("raise ModuleNotFoundError('no yaml', name='yaml')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    config = tmp_path / "config.yaml"
+    arguments = ("compress", "tiny-netvlad", "-o", tmp_path / "x", "--config", config)
+    result = run(*arguments, env=environment)
+    assert result.returncode == 1
+    assert "config.yaml is YAML, which needs PyYAML" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
 
 
 class SmallCity(pk.vpr.City):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.data import TensorDataset
 import placekern
 from placekern import QuantSparseLinear, Recipe
 from placekern.compress import fit
+from placekern.compress.fine_tune import FineTune
 
 ROOT = Path(placekern.__file__).parents[1]
 
@@ -250,9 +252,11 @@ def test_checkpoints_of_other_runs_and_broken_files_are_refused(tmp_path: Path) 
         fit(recipe_for(settings), data, loss, **keywords)
 
     run()
-    with pytest.raises(ValueError, match=r"run\.pt is of a run with .*'seed': 0"):
+    with pytest.raises(
+        ValueError, match=r"run\.pt is of a run with seed = 0, but this one has seed = 1;"
+    ):
         run(seed=1)
-    with pytest.raises(ValueError, match="'batch_size': 16"):
+    with pytest.raises(ValueError, match="with batch_size = 16, but this one has batch_size = 8"):
         run(batch_size=8)
     with pytest.raises(ValueError, match="saved with compress"):
         run({"compress": {"sparsity": 0.6}})
@@ -298,3 +302,177 @@ def test_more_refusals() -> None:
         fit(Recipe(nn.Sequential(nn.Linear(8, 2)), {}), data, loss, epochs=1, batch_size=4)
     with pytest.raises(ValueError, match="0 samples"):
         fit(recipe_for({}), TensorDataset(torch.zeros(0, 8)), loss, epochs=1, batch_size=4)
+
+
+# ---- batches in order, limits of time, and training without compressing ----
+
+
+class Numbered(TensorDataset):
+    """Batches of its own making: item i holds i."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.arange(6.0)[:, None, None].expand(6, 2, 8))
+
+
+def numbers_seen(into: list[int], limit: int | None = None) -> Callable[..., Tensor]:
+    """A loss that notes the batches; it raises at the one numbered `limit`."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        (x,) = batch
+        assert x.shape == (2, 8)
+        into.append(int(x[0, 0]))
+        if into[-1] == limit:
+            raise InterruptedError
+        return model(x / 6).square().mean()
+
+    return loss
+
+
+def test_samples_that_are_batches_come_in_order(tmp_path: Path) -> None:
+    whole: list[int] = []
+    steps = []
+    options = {"epochs": 2, "batch_size": None, "shuffle": False}
+    record = fit(recipe_for({}), Numbered(), numbers_seen(whole), on_step=steps.append, **options)
+    assert whole == [*range(6), *range(6)]
+    assert [step.loss for step in steps] == record.losses
+    assert [(step.step, step.steps) for step in steps] == [(i + 1, 12) for i in range(12)]
+
+    parts: list[int] = []
+    options |= {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 2, "epochs": 1}
+    with pytest.raises(InterruptedError):
+        fit(recipe_for({}), Numbered(), numbers_seen(parts, limit=5), **options)
+    fit(recipe_for({}), Numbered(), numbers_seen(parts), **options)
+    assert parts == [0, 1, 2, 3, 4, 5, 4, 5]
+
+
+def test_a_limit_of_seconds_leaves_a_checkpoint_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, loss = regression()
+    config = {"compress": {"sparsity": 0.5}}
+    options = {"epochs": 2, "batch_size": 10, "checkpoint": tmp_path / "run.pt"}
+    with monkeypatch.context() as patch:
+        # A clock that goes one second each time it is looked at.
+        clock = SimpleNamespace(perf_counter=iter(range(100)).__next__)
+        patch.setattr("placekern.compress.train.time", clock)
+        stopped = recipe_for(config)
+        record = fit(stopped, data, loss, seconds=3.5, **options)
+    assert (record.steps, record.finished) == (3, False)
+    assert stopped.phase == "final"
+    assert stopped.report().pruned == pytest.approx(0.5, abs=0.02)
+    record = fit(recipe_for(config), data, loss, **options)
+    assert (record.steps, record.resumed_at, record.finished) == (8, 3, True)
+
+
+def test_a_checkpoint_with_other_settings_is_refused(tmp_path: Path) -> None:
+    data, loss = regression()
+    options = {"epochs": 1, "batch_size": 10, "checkpoint": tmp_path / "run.pt"}
+    fit(recipe_for({}), data, loss, settings={"rate": 0.5, "kind": "a"}, **options)
+    with pytest.raises(ValueError, match=r"a run with rate = 0\.5, but this one has rate = 0\.25;"):
+        fit(recipe_for({}), data, loss, settings={"rate": 0.25, "kind": "a"}, **options)
+    with pytest.raises(ValueError, match="but this one has shuffle = False"):
+        fit(
+            recipe_for({}), data, loss, settings={"rate": 0.5, "kind": "a"}, shuffle=False,
+            **options,
+        )  # fmt: skip
+    fine = fine_tune()
+    with pytest.raises(ValueError, match="trained = 'Recipe', but this one has trained = 'FineTun"):
+        fit(fine, data, loss, settings={"rate": 0.5, "kind": "a"}, **options)
+
+
+def fine_tune(keep_zeros: bool = True) -> FineTune:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    with torch.no_grad():
+        model[0].weight[:, ::2] = 0
+        model[0].bias.zero_()
+        model[2].weight[0, 0] = -0.0  # a zero of either sign is pruned
+    return FineTune(model, torch.optim.AdamW(model.parameters(), lr=0.01), keep_zeros)
+
+
+def test_fine_tuning_keeps_zeros_only_where_asked() -> None:
+    data, loss = regression()
+    kept, free = fine_tune(), fine_tune(keep_zeros=False)
+    for run in (kept, free):
+        record = fit(run, data, loss, epochs=10, batch_size=10)
+        assert sum(record.losses[-4:]) < sum(record.losses[:4])
+        assert type(run.model[0]) is nn.Linear
+    zero = torch.zeros(32, 8, dtype=torch.bool)
+    zero[:, ::2] = True
+    assert torch.equal(kept.model[0].weight == 0, zero)
+    assert (kept.model[2].weight == 0).nonzero().tolist() == [[0, 0]]
+    assert (kept.model[0].bias != 0).any()
+    assert (free.model[0].weight[:, ::2] != 0).any()
+
+
+def test_fine_tuning_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    data, loss = regression()
+    whole = fine_tune()
+    fit(whole, data, loss, epochs=3, batch_size=10)
+
+    def stop(step: Any) -> None:
+        if step.step == 6:
+            raise InterruptedError
+
+    options = {"epochs": 3, "batch_size": 10, "checkpoint": tmp_path / "run.pt"}
+    with pytest.raises(InterruptedError):
+        fit(fine_tune(), data, loss, checkpoint_every=5, on_step=stop, **options)
+    parts = fine_tune()
+    assert fit(parts, data, loss, **options).resumed_at == 5
+    expected = whole.model.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in parts.model.state_dict().items())
+
+
+def test_zeros_of_codebooks_are_free() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+    placekern.compress_(model, {"bits": 2, "layers": {"1": None}})
+    with torch.no_grad():
+        model[0].codebook = nn.Parameter(torch.zeros(2, 4))  # of two groups: no weight either
+        model[1].weight[0] = 0
+    run = FineTune(model, torch.optim.SGD(model.parameters(), lr=0.1), keep_zeros=True)
+    run.prepare()
+    with torch.no_grad():  # what an optimiser's step may do
+        model[0].codebook.fill_(1.0)
+        model[1].weight.fill_(1.0)
+    run.step()
+    assert (model[0].codebook == 1).all()
+    assert model[1].weight.tolist() == [[0.0] * 4, [1.0] * 4]
+
+
+FINE_TUNED_RANK = (
+    COMMON
+    + """
+import torch.distributed as dist
+from placekern.compress.fine_tune import FineTune
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+torch.manual_seed(rank)
+model = nn.Linear(12, 1)
+with torch.no_grad():
+    model.weight[0, rank::2] = 0  # what is zero on rank 0 counts
+seen = []
+def noted(model, batch):
+    seen.append(float(batch[1]))
+    return loss(model, batch)
+recipe = FineTune(model, torch.optim.SGD(model.parameters(), lr=0.01), keep_zeros=True)
+record = fit(recipe, Noisy(), noted, epochs=1, batch_size=None, shuffle=False, progress=False,
+             seconds=(1e9, -1)[rank])  # rank 0's clock counts
+torch.save([model.state_dict(), seen, record.steps], f"{folder}/rank{rank}.pt")
+dist.destroy_process_group()
+"""
+)
+
+
+def test_fine_tuning_on_ranks(tmp_path: Path) -> None:
+    processes = [child(FINE_TUNED_RANK, tmp_path, rank, OMP_NUM_THREADS="1") for rank in (0, 1)]
+    for process in processes:
+        out = process.communicate(timeout=120)
+        assert process.returncode == 0, out[1]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(value, second[0][key]) for key, value in first[0].items())
+    assert (first[0]["weight"][0] == 0).tolist() == [True, False] * 6
+    scope: dict[str, Any] = {}
+    exec(COMMON, scope)
+    answers = [float(y) for y in scope["Noisy"]().y]
+    assert first[1:] == [answers[0::2], 12]
+    assert second[1:] == [answers[1::2], 12]

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
+from placekern import QuantSparseConv2d
 from placekern.compress import CompressConfig, compress_
 from placekern.vpr.city import City
+from placekern.vpr.datasets import ImageList
+from placekern.vpr.draws import ImageDraws, PlaceDraws
 from placekern.vpr.models import build
 from placekern.vpr.retrieve import describe
 from placekern.vpr.train import distill, multi_similarity_loss, train
@@ -208,3 +214,158 @@ def test_descriptors_that_are_not_finite_stops_the_run(model, places):
         model.netvlad.centroids.fill_(math.nan)
     with pytest.raises(ValueError, match="descriptors hold NaN or infinity"):
         train(model, places.images, places.labels, steps=2, places=2, views=2, initialise=False)
+
+
+# ---- with a recipe, and from a checkpoint ----
+
+RECIPE: dict[str, Any] = {
+    "compress": {"bits": 4, "sparsity": 0.5},
+    "schedule": "polynomial",
+    "prune_end": 6,
+    "prune_every": 2,
+    "quantize_at": 8,
+}
+
+
+class StoppedError(Exception):
+    """A run that ends in the middle."""
+
+
+def stop_at(step: int):
+    def on_step(done: Any) -> None:
+        if done.step == step:
+            raise StoppedError
+
+    return on_step
+
+
+def trained(model, places, **options: Any):
+    """A small run on labelled places, of 12 steps."""
+    settings = {"steps": 12, "places": 3, "views": 2, "initialise": False} | options
+    return train(model, places.images, places.labels, **settings)
+
+
+def distilled(model, places, **options: Any):
+    """A small run that learns from the model as it is before, of 12 steps."""
+    settings = {"steps": 12, "batch_size": 6} | options
+    return distill(model, copy.deepcopy(model), places.images, **settings)
+
+
+@pytest.mark.parametrize("run", [trained, distilled])
+def test_a_recipe_compresses_while_it_trains(model, places, run) -> None:
+    seen = []
+    record = run(
+        model,
+        places,
+        recipe=RECIPE,
+        on_step=lambda done: seen.append((done.step, done.steps, done.phase, done.loss)),
+    )
+    assert record.report.phase == "final"
+    assert record.report.pruned == pytest.approx(0.5, abs=0.01)
+    assert [row[2] for row in seen] == ["dense"] * 7 + ["codebook"] * 5
+    assert [row[0] for row in seen] == list(range(1, 13))
+    assert [row[3] for row in seen] == record.losses
+    layer = model.backbone.conv4
+    assert type(layer) is QuantSparseConv2d
+    assert layer.bits == 4
+    assert not model.training
+
+
+def test_a_recipe_repairs_what_one_shot_breaks(model, places) -> None:
+    trained(model, places, steps=40)
+    shot, teacher = copy.deepcopy(model), copy.deepcopy(model)
+    config = {"bits": 4, "sparsity": 0.7}
+    compress_(shot, CompressConfig(**config))
+    recipe = RECIPE | {"compress": config, "prune_end": 15, "quantize_at": 18}
+    distill(model, teacher, places.images, steps=30, batch_size=8, recipe=recipe)
+
+    def error(network) -> float:
+        pairs = (describe(m, places.images) for m in (network, teacher))
+        return float((1 - torch.mul(*pairs).sum(1)).mean())
+
+    assert error(model) < 0.6 * error(shot)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, None])
+@pytest.mark.parametrize("run", [trained, distilled])
+def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(
+    model, places, run, recipe, tmp_path: Path
+) -> None:
+    weight = model.backbone.conv3.weight
+    with torch.no_grad():
+        weight[:, ::2] = 0  # these stay zero, in the resumed run too
+    options = {"recipe": recipe, "keep_zeros": True}
+    whole = copy.deepcopy(model)
+    losses = run(whole, places, **options).losses
+    options |= {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 3}
+    for stop in (5, 10):
+        with pytest.raises(StoppedError):
+            run(copy.deepcopy(model), places, on_step=stop_at(stop), **options)
+    record = run(model, places, **options)
+    assert (record.steps, record.resumed_at) == (12, 9)
+    assert record.losses == losses[9:]
+    expected = whole.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    if recipe is None:
+        kept = model.backbone.conv3.weight
+        assert (kept[:, ::2] == 0).all()
+        assert (kept[:, 1::2] != 0).all()
+
+
+def test_a_checkpoint_of_another_run_is_refused(model, places, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    trained(copy.deepcopy(model), places, steps=2, checkpoint=path)
+    for options, message in (
+        ({"learning_rate": 1e-4}, "learning_rate = 0.002, but this one has learning_rate = 0.0001"),
+        ({"views": 3}, "views = 2, but this one has views = 3"),
+        ({"steps": 3}, "steps = 2, samples = 2, but this one has steps = 3, samples = 3"),
+        ({"keep_zeros": True}, "keep_zeros = False, but this run has True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trained(copy.deepcopy(model), places, **{"steps": 2, "checkpoint": path, **options})
+    with pytest.raises(ValueError, match=r"loss = 'places'.* but this one has loss = 'distill'"):
+        distilled(model, places, steps=2, checkpoint=path)
+
+
+def test_seconds_end_a_run_that_can_go_on(model, places, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    record = trained(copy.deepcopy(model), places, seconds=0.0, recipe=RECIPE, checkpoint=path)
+    assert (record.steps, record.finished) == (0, False)
+    assert record.report.pruned == pytest.approx(0.5, abs=0.01)  # compressed all the same
+    record = trained(model, places, recipe=RECIPE, checkpoint=path)
+    assert (record.steps, record.finished) == (12, True)
+
+
+def test_batches_are_the_same_in_any_order_and_in_any_process(places) -> None:
+    members = [torch.nonzero(places.labels == label).flatten() for label in range(4)]
+    for draws in (
+        PlaceDraws(places.images, members, 3, 2, 6, seed=4),
+        ImageDraws(places.images, 5, 6, seed=4),
+    ):
+        in_turn = [draws[i] for i in range(6)]
+        alone = [draws[i] for i in (5, 0, 3)]
+        workers = DataLoader(draws, batch_size=None, num_workers=2)
+        for batches, rows in ((alone, (5, 0, 3)), (workers, range(6))):
+            for batch, row in zip(batches, rows, strict=True):
+                pairs = zip(batch, in_turn[row], strict=True)
+                assert all(torch.equal(one, other) for one, other in pairs)
+        assert not torch.equal(in_turn[0][0], in_turn[1][0])
+
+
+def test_images_may_be_a_sequence_that_is_read_as_it_goes(model, places) -> None:
+    twin = copy.deepcopy(model)
+    losses = trained(model, places, steps=2).losses
+    options = {"steps": 2, "places": 3, "views": 2, "initialise": False}
+    assert train(twin, ImageList(places.images), places.labels, **options).losses == losses
+    odd = [*places.images[:-1], torch.rand(3, 40, 64)]
+    with pytest.raises(ValueError, match="of a batch must be of one size"):
+        train(model, odd, places.labels, **(options | {"steps": 9}))
+
+
+def test_a_recipe_that_does_not_fit_the_run_is_refused(model, places) -> None:
+    with pytest.raises(ValueError, match="until step 8, but the run has 7 steps"):
+        trained(model, places, steps=7, recipe=RECIPE)
+    with pytest.raises(ValueError, match="unknown key 'bits'"):
+        trained(model, places, recipe={"bits": 4})
+    with pytest.raises(ValueError, match="the teacher is the model itself"):
+        distill(model, model, places.images, steps=1)

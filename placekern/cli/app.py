@@ -13,7 +13,6 @@ import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
 
 import placekern as pk
 
@@ -22,22 +21,32 @@ from ..io import export_layers, read_header, save_deep_compression
 from ..nn import quant_sparse_layers
 from ..vpr import (
     ImageList,
-    PlaceDataset,
     Retrieval,
     describe,
     evaluate,
     fit_,
     list_images,
-    load,
-    load_corridor,
-    load_folders,
     retrieval_sheet,
     save_sheet,
 )
 from ..vpr.index import faiss_status, search_backend
 from . import console
 from .demo import demo
-from .settings import Bits, EntropyLambda, Json, Method, Size, Sparsity, Threshold, image_size
+from .inputs import open_dataset, open_network
+from .settings import (
+    Bits,
+    Config,
+    EntropyLambda,
+    GroupSize,
+    Json,
+    Method,
+    Size,
+    Sparsity,
+    Threshold,
+    compress_config,
+    image_size,
+)
+from .train import train
 
 app = typer.Typer(
     help="Pruned, codebook-quantized networks that run straight from their compressed weights.",
@@ -46,6 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command()(train)
 
 
 @app.command()
@@ -146,29 +156,33 @@ def compress(
         Path | None,
         typer.Option(help="Folder of images to fit NetVLAD and the whitening to, first."),
     ] = None,
-    bits: Bits = 8,
+    config: Config = None,
+    bits: Bits = None,
     threshold: Threshold = None,
     sparsity: Sparsity = None,
-    method: Method = "kmeans",
-    entropy_lambda: EntropyLambda = 0.0,
+    method: Method = None,
+    entropy_lambda: EntropyLambda = None,
+    group_size: GroupSize = None,
     size: Size = None,
     as_json: Json = False,
 ) -> None:
     """Prune and quantize a network into one file."""
-    config = pk.CompressConfig(
+    settings = compress_config(
+        config,
         bits=bits,
         threshold=threshold,
         sparsity=sparsity,
         method=method,
         entropy_lambda=entropy_lambda,
+        group_size=group_size,
     )
-    model = _open_network(network, weights)
+    model = open_network(network, weights)
     with console.progress_bars() as progress:
         if references is not None:
             images = ImageList(list_images(references), image_size(size))
             fit_(model, images, progress=progress)
         report = pk.compress_(
-            model, config, progress=lambda _, done, total: progress("compress", done, total)
+            model, settings, progress=lambda _, done, total: progress("compress", done, total)
         )
     written = pk.save(model, output)
     if as_json:
@@ -219,7 +233,7 @@ def evaluate_file(
     as_json: Json = False,
 ) -> None:
     """Recall and time of a network on queries and references."""
-    data = _open_dataset(dataset, queries, references, ground_truth, distance, image_size(size))
+    data = open_dataset(dataset, queries, references, ground_truth, distance, image_size(size))
     model = pk.load(file).eval()
     with console.progress_bars() as progress:
         result = evaluate(model, data, progress=progress)
@@ -267,7 +281,7 @@ def main() -> None:
     """Entry point: an error is one sentence on standard error, never a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
         console.err.print(f"placekern: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -275,28 +289,3 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         os._exit(0)
-
-
-def _open_network(network: str, weights: Path | None) -> nn.Module:
-    if network.endswith(".safetensors"):
-        if weights is not None:
-            raise ValueError(f"{network} has weights of its own: leave --weights out")
-        return pk.load(network).eval()
-    return load(network, weights)
-
-
-def _open_dataset(
-    dataset: Path | None,
-    queries: Path | None,
-    references: Path | None,
-    ground_truth: Path | None,
-    distance: float,
-    size: tuple[int, int] | None,
-) -> PlaceDataset:
-    if dataset is not None and (queries or references):
-        raise ValueError("give either --dataset or --queries and --references")
-    if dataset is not None:
-        return load_corridor(dataset, size)
-    if queries is None or references is None:
-        raise ValueError("give --dataset, or both --queries and --references")
-    return load_folders(queries, references, ground_truth, distance, size)

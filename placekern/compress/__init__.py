@@ -1,6 +1,8 @@
 """From a trained network to a compressed one: pruning, codebooks, the swap and its report."""
 
 from .config import CompressConfig
+from .cost import CostReport, LayerCost, predict
+from .fine_tune import FineTune
 from .prune import PruneSchedule
 from .quantize import fit_kmeans, fit_uniform
 from .recipe import Recipe
@@ -8,12 +10,16 @@ from .recipe_config import RecipeConfig
 from .recipe_report import RecipeLayer, RecipeReport
 from .report import CompressReport, LayerReport
 from .swap import compress_
-from .train import FitRecord, fit
+from .train import FitRecord, FitStep, fit
 
 __all__ = [
     "CompressConfig",
     "CompressReport",
+    "CostReport",
+    "FineTune",
     "FitRecord",
+    "FitStep",
+    "LayerCost",
     "LayerReport",
     "PruneSchedule",
     "Recipe",
@@ -24,4 +30,5 @@ __all__ = [
     "fit",
     "fit_kmeans",
     "fit_uniform",
+    "predict",
 ]

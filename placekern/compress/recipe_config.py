@@ -119,6 +119,23 @@ class RecipeConfig:
         return PruneSchedule(self.schedule, self.prune_begin, self.prune_end, self.prune_every)
 
     @classmethod
+    def over_steps(
+        cls, steps: int, compress: CompressConfig | Mapping[str, Any] | None = None
+    ) -> RecipeConfig:
+        """A recipe that suits a run of so many steps; what `placekern train` does by default.
+
+        Weights are pruned by the cubic schedule over the first half of the steps, layers are
+        quantized at three fifths, and codebooks are trained from there to the end.
+        """
+        return cls(
+            compress=CompressConfig() if compress is None else compress,
+            schedule="polynomial",
+            prune_end=steps // 2,
+            prune_every=max(1, steps // 100),
+            quantize_at=steps * 3 // 5,
+        )
+
+    @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> RecipeConfig:
         """A config from plain values; `compress` is a mapping of the fields of `CompressConfig`.
 

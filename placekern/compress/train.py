@@ -11,7 +11,8 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,29 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..io.atomic import written_beside
 from ..nn import quant_sparse_layers
+from .fine_tune import FineTune
 from .recipe import Recipe
 
 Progress = Callable[[str, int, int], None]
 
 _PACKED = ("row_ptr", "positions", "codes")
+
+
+@dataclass(frozen=True)
+class FitStep:
+    """One step of the optimiser, as it is over.
+
+    Attributes:
+        step: its number, from 1; those before a resume count.
+        steps: of the whole run.
+        phase: of the recipe now: "dense" or "codebook"; "train" where nothing is compressed.
+        loss: before the step, without the recipe's penalty.
+    """
+
+    step: int
+    steps: int
+    phase: str
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -41,51 +60,63 @@ class FitRecord:
         losses: of the steps of this run, not of those before a resume.
         steps: of the optimiser, those before a resume included.
         resumed_at: the step that a checkpoint led back to; 0 without one.
+        finished: False where the limit of seconds ended the run.
     """
 
     losses: list[float] = field(repr=False)
     steps: int
     resumed_at: int
+    finished: bool = True
 
 
 def fit(
-    recipe: Recipe,
+    recipe: Recipe | FineTune,
     data: Dataset[Any],
     loss: Callable[[nn.Module, Any], Tensor],
     *,
     epochs: int,
-    batch_size: int,
+    batch_size: int | None,
+    shuffle: bool = True,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    seconds: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     workers: int = 0,
     progress: bool | Progress = True,
+    on_step: Callable[[FitStep], None] | None = None,
 ) -> FitRecord:
     """Trains a recipe's model with its optimizer, and compresses it on the way, in place.
 
-    At the end the recipe is finalized. Where the file `checkpoint` exists, the run goes on from it;
-    with one thread a machine then computes the same bits as without the interruption (on a GPU, as
-    far as its kernels repeat). Random augmentation in worker processes does not repeat; in this
-    process (`workers=0`) it does.
+    At the end the recipe is finalized, also when the limit of seconds ended the run. Where the file
+    `checkpoint` exists, the run goes on from it; with one thread a machine then computes the same
+    bits as without the interruption (on a GPU, as far as its kernels repeat). Random augmentation
+    in worker processes does not repeat; in this process (`workers=0`) it does.
 
     Under `torchrun` each rank trains on its own batches through DistributedDataParallel, which is
     wrapped around the model here, and rank 0 alone writes checkpoints; all ranks read them.
 
     Args:
-        recipe: with an optimizer, not prepared yet.
+        recipe: with an optimizer, not prepared yet; a `FineTune` to train without compressing.
         data: a map-style dataset; its samples are batched as by DataLoader.
         loss: called with (model, batch), returns a scalar. The recipe's L1 penalty is added to it.
-        epochs: passes over the data. Each has another order. The last, smaller batch is used too,
-            but under torchrun left out so that all ranks make the same steps.
-        batch_size: samples of a step, on each rank.
+        epochs: passes over the data. The last, smaller batch is used too, but under torchrun left
+            out so that all ranks make the same steps.
+        batch_size: samples of a step, on each rank; None: a sample is a batch already.
+        shuffle: each epoch has another order; False takes the data as it is ordered.
         scheduler: makes a learning-rate scheduler of the optimizer; it is stepped after each batch.
+        seconds: no step begins after so many, counted anew after a resume; None: no limit.
         checkpoint: a file to write; None writes none.
-        checkpoint_every: steps between checkpoints; None: at the end of each epoch.
+        checkpoint_every: steps between checkpoints; None: at the end of each epoch. One is written
+            at the end of the run, too.
+        settings: what else must be the same in a run that goes on from the checkpoint, by name, as
+            plain values.
         seed: of the order of the data; torch's own generators are left as they are.
         workers: processes that load data.
         progress: True draws a bar on a terminal, where rich is installed; or called with
             (phase, step, steps) after each step.
+        on_step: called with a `FitStep` after each step, to log the loss.
 
     Returns:
         A `FitRecord`.
@@ -97,15 +128,17 @@ def fit(
     """
     if recipe.optimizer is None:
         raise ValueError("fit trains with the recipe's optimizer, and this recipe has none")
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected >= 1")
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every is {checkpoint_every}, expected >= 1 or None")
-    run = _Run(recipe, scheduler, data, batch_size, seed)
+    if epochs < 1:
+        raise ValueError(f"epochs is {epochs}, expected >= 1")
+    for name, value in (("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected >= 1 or None")
+    begun = time.perf_counter()
+    run = _Run(recipe, scheduler, data, batch_size, shuffle, seed, settings)
     steps = epochs * run.per_epoch
     losses: list[float] = []
     resumed_at = 0
+    in_time = True
     was_training = recipe.model.training
     recipe.model.train()
     try:
@@ -114,44 +147,60 @@ def fit(
                 run.load(checkpoint)
                 resumed_at = recipe.steps
             wrapped = _wrap(recipe.model)
-            while recipe.steps < steps:
+            while in_time and recipe.steps < steps:
                 for batch in run.rest_of_epoch(workers):
+                    in_time = seconds is None or _agreed(time.perf_counter() - begun <= seconds)
+                    if not in_time:
+                        break
                     losses.append(run.step(wrapped, loss, batch))
                     if run.swapped:
                         wrapped = _wrap(recipe.model)
                     report(recipe.phase, recipe.steps, steps)
+                    if on_step is not None:
+                        on_step(FitStep(recipe.steps, steps, recipe.phase, losses[-1]))
                     every = checkpoint_every or run.per_epoch
-                    if checkpoint is not None and (
-                        recipe.steps % every == 0 or recipe.steps == steps
-                    ):
+                    due = recipe.steps % every == 0 or recipe.steps == steps
+                    if checkpoint is not None and due:
                         run.save(checkpoint)
+            if checkpoint is not None and not in_time:
+                run.save(checkpoint)
         recipe.finalize()
     finally:
         recipe.model.train(was_training)
         recipe.model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)  # of _wrap
-    return FitRecord(losses, recipe.steps, resumed_at)
+    return FitRecord(losses, recipe.steps, resumed_at, in_time)
 
 
 class _Run:
     """What a step needs and a checkpoint holds."""
 
     def __init__(
-        self, recipe: Recipe, scheduler: Any, data: Dataset[Any], batch_size: int, seed: int
+        self,
+        recipe: Recipe | FineTune,
+        scheduler: Any,
+        data: Dataset[Any],
+        batch_size: int | None,
+        shuffle: bool,
+        seed: int,
+        settings: Mapping[str, Any] | None,
     ) -> None:
         self.recipe = recipe
         self.swapped = False
         self._data = data
         self._batch_size = batch_size
+        self._shuffle = shuffle
         self._seed = seed
+        self._settings = dict(settings or {})
         self._rank, self._ranks = _rank()
         samples = len(data)  # type: ignore[arg-type]
+        size = batch_size or 1
         self.per_epoch = (
-            -(-samples // batch_size) if self._ranks == 1 else samples // (batch_size * self._ranks)
+            -(-samples // size) if self._ranks == 1 else samples // (size * self._ranks)
         )
         if self.per_epoch < 1:
             raise ValueError(
-                f"the data has {samples} samples, expected one for each of {batch_size} in a "
-                f"batch on {self._ranks} ranks at least"
+                f"the data has {samples} samples, expected one for each of {size} in a batch on "
+                f"{self._ranks} ranks at least"
             )
         recipe.prepare()  # before the scheduler, which counts the parameter groups
         self._scheduler = scheduler(recipe.optimizer) if scheduler else None
@@ -160,13 +209,17 @@ class _Run:
         """The batches of this rank that are left of the epoch that the recipe is in."""
         epoch, done = divmod(self.recipe.steps, self.per_epoch)
         generator = torch.Generator().manual_seed(hash((self._seed, epoch)) % (1 << 63))
-        order = torch.randperm(len(self._data), generator=generator)  # type: ignore[arg-type]
-        batches = order.split(self._batch_size)[self._rank :: self._ranks]
+        samples = len(self._data)  # type: ignore[arg-type]
+        order = torch.arange(samples)
+        if self._shuffle:
+            order = torch.randperm(samples, generator=generator)
+        batches = order.split(self._batch_size or 1)[self._rank :: self._ranks]
         rest = [rows.tolist() for rows in batches[done : self.per_epoch]]
+        batched: dict[str, Any] = {"batch_sampler": rest}
+        if self._batch_size is None:
+            batched = {"sampler": [row for (row,) in rest], "batch_size": None}
         # A generator of its own: DataLoader would draw a seed from torch's.
-        yield from DataLoader(
-            self._data, batch_sampler=rest, num_workers=workers, generator=generator
-        )
+        yield from DataLoader(self._data, num_workers=workers, generator=generator, **batched)
 
     def step(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> float:
         """One step of the optimiser, the recipe and the scheduler; returns the loss."""
@@ -215,10 +268,15 @@ class _Run:
             "generators",
         }:
             raise ValueError(f"{path} is no checkpoint of fit")
-        if state["run"] != self._identity():
+        theirs, own = state["run"], self._identity()
+        if theirs != own:
+            names = [name for name in {**theirs, **own} if theirs.get(name) != own.get(name)]
+            told = [
+                ", ".join(f"{name} = {run.get(name)!r}" for name in names) for run in (theirs, own)
+            ]
             raise ValueError(
-                f"{path} is of a run with {state['run']}, but this one has {self._identity()}; "
-                "go on with the same, or remove the file"
+                f"{path} is of a run with {told[0]}, but this one has {told[1]}; go on with the "
+                "same, or remove the file"
             )
         if (state["scheduler"] is None) != (self._scheduler is None):
             raise ValueError(f"{path} and this run do not both have a scheduler")
@@ -227,11 +285,14 @@ class _Run:
             self._scheduler.load_state_dict(state["scheduler"])
         _set_generators(state["generators"][self._rank])
 
-    def _identity(self) -> dict[str, int]:
-        """What fixes the order of the data."""
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run has in common with the first: how it trains, and on what order."""
         return {
+            **self._settings,
+            "trained": type(self.recipe).__name__,
             "samples": len(self._data),  # type: ignore[arg-type]
             "batch_size": self._batch_size,
+            "shuffle": self._shuffle,
             "seed": self._seed,
             "ranks": self._ranks,
         }
@@ -242,6 +303,15 @@ def _rank() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def _agreed(value: bool) -> bool:
+    """Rank 0's value on all ranks, which must make the same steps."""
+    if _rank()[1] == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def _wrap(model: nn.Module) -> nn.Module:

@@ -33,9 +33,10 @@ from placekern.vpr.fit import fit_, init_netvlad_, whiten_
 from placekern.vpr.index import Index
 from placekern.vpr.models import ARCHITECTURES, PlaceNet, build
 from placekern.vpr.netvlad import NetVLAD
+from placekern.vpr.places import TrainingImages, load_places
 from placekern.vpr.preprocess import Preprocess
 from placekern.vpr.retrieve import describe, search
-from placekern.vpr.train import distill, train
+from placekern.vpr.train import TrainingRecord, distill, multi_similarity_loss, train
 from placekern.vpr.weights import load, load_npz_, read_mat
 from placekern.vpr.whitening import fit_whitening
 
@@ -56,6 +57,8 @@ __all__ = [
     "Preprocess",
     "Retrieval",
     "Row",
+    "TrainingImages",
+    "TrainingRecord",
     "build",
     "compare",
     "describe",
@@ -71,6 +74,8 @@ __all__ = [
     "load_corridor",
     "load_folders",
     "load_npz_",
+    "load_places",
+    "multi_similarity_loss",
     "read_image",
     "read_mat",
     "recall_at",
