@@ -20,7 +20,8 @@ constexpr int kMaxCodes = 256;  // entries of the largest codebook, 2^8
 constexpr int kReadPadding =
     64;  // bytes behind `positions` and `codes` that vector loads may touch
 
-// A QuantSparseWeight: [M, K], row-major, a non-zero's value is codebook[code].
+// A QuantSparseWeight: [M, K], row-major. Each group of `group_size` rows, the last perhaps of
+// fewer, has a codebook, and a non-zero's value is codebook[row / group_size][code].
 template <class T>
 struct Weight {
     int64_t M, K;
@@ -31,8 +32,10 @@ struct Weight {
     const uint8_t*
         positions;  // kMask: [M, ceil(K / 8)]; kWindow: counts [M, ceil(K / 128)], places [nnz]
     const uint8_t* codes;  // [ceil(nnz * bits / 8)], little-endian bit stream
-    const T* codebook;     // [2^bits]
+    const T* codebook;     // [codebooks, 2^bits]
+    int64_t group_size;    // rows that share a codebook; M when there is one
 
+    int64_t codebooks() const { return group_size < M ? (M + group_size - 1) / group_size : 1; }
     int64_t row_start(int64_t m) const { return row_ptr32 ? row_ptr32[m] : row_ptr64[m]; }
     int64_t mask_row_bytes() const { return (K + 7) / 8; }
     int64_t windows() const { return (K + kWindow - 1) / kWindow; }
@@ -50,8 +53,8 @@ struct LinearArgs {
     int threads;
 };
 
-// grad_x[N, K] = grad_y weight; grad_codebook[c] = sum over entries with code c of (grad_y^T x)[m,
-// k].
+// grad_x[N, K] = grad_y weight; grad_codebook[g, c] = sum over the entries of group g with code c
+// of (grad_y^T x)[m, k].
 template <class T>
 struct LinearBackwardArgs {
     Weight<T> weight;
@@ -59,7 +62,7 @@ struct LinearBackwardArgs {
     const T* x;             // [N, K]
     const T* grad_y;        // [N, M]
     T* grad_x;              // [N, K] or null
-    double* grad_codebook;  // [2^bits] or null
+    double* grad_codebook;  // [codebooks, 2^bits] or null
     int threads;
 };
 
@@ -106,7 +109,7 @@ struct Conv2dBackwardArgs {
     Image<const T> x;
     Image<const T> grad_y;
     Image<T> grad_x;        // data null: not asked for; else zeroed by the caller
-    double* grad_codebook;  // [2^bits] or null
+    double* grad_codebook;  // [codebooks, 2^bits] or null
     int threads;
 };
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .codebook import group_size_of
+
 try:
     from . import _cpu
 except ImportError as error:
@@ -40,6 +42,16 @@ class Weight(NamedTuple):
     positions: Tensor
     codes: Tensor
     codebook: Tensor
+
+    @property
+    def codebooks(self) -> int:
+        """How many there are: one for each group of rows."""
+        return 1 if self.codebook.dim() == 1 else self.codebook.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        """Rows that share a codebook: M when there is one."""
+        return group_size_of(self.M, self.codebook.shape)
 
 
 def available_isas() -> list[str]:
@@ -127,6 +139,7 @@ def _weight(weight: Weight) -> Any:
         positions=weight.positions.data_ptr(),
         codes=weight.codes.data_ptr(),
         codebook=weight.codebook.data_ptr(),
+        group_size=weight.group_size,
     )
 
 
@@ -139,7 +152,7 @@ def linear(weight: Weight, x: Tensor, bias: Tensor | None, y: Tensor, relu: bool
 def linear_backward(
     weight: Weight, x: Tensor, grad_y: Tensor, grad_x: Tensor | None, grad_codebook: Tensor | None
 ) -> None:
-    """Fills grad_x [N, K] and grad_codebook, float64 [2^bits], where they are given."""
+    """Fills grad_x [N, K] and grad_codebook, float64 of the codebook's shape, where given."""
     _cpu.linear_backward(
         _weight(weight),
         N=x.shape[0],
@@ -177,7 +190,7 @@ def conv2d_backward(
     grad_x: Tensor | None,
     grad_codebook: Tensor | None,
 ) -> None:
-    """Adds to grad_x (any strides, zeroed before) and fills grad_codebook, float64 [2^bits]."""
+    """Adds to grad_x (any strides, zeroed before) and fills grad_codebook, float64 [..., 2^bits]."""
     _cpu.conv2d_backward(
         _weight(weight),
         _cpu.ConvShape(**shape),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .codebook import codebook_shape, group_size_of
 from .packing import DEVICE_LAYOUTS, Layout
 from .weight import QuantSparseWeight
 
@@ -26,7 +27,7 @@ class QuantSparseModule(nn.Module):
     positions: Tensor
     codes: Tensor
 
-    def __init__(self, shape: tuple[int, int], bits: int) -> None:
+    def __init__(self, shape: tuple[int, int], bits: int, group_size: int | None = None) -> None:
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
             raise ValueError(f"bits is {bits!r}, expected an integer from 1 to 8")
@@ -36,8 +37,19 @@ class QuantSparseModule(nn.Module):
         self._nnz = 0
         for name in _BUFFERS:
             self.register_buffer(name, None)
-        self.codebook: nn.Parameter
-        self.register_parameter("codebook", None)
+        # Its shape says what the codebooks are; `_initialise` gives it its entries.
+        size = codebook_shape(shape[0], bits, group_size)
+        self.codebook = nn.Parameter(torch.empty(size, device="meta"))
+
+    @property
+    def group_size(self) -> int:
+        """Output channels that share a codebook: all of them when there is one."""
+        return group_size_of(self._shape[0], self.codebook.shape)
+
+    @property
+    def codebooks(self) -> int:
+        """How many there are: one for each group of output channels."""
+        return 1 if self.codebook.dim() == 1 else self.codebook.shape[0]
 
     @property
     def weight(self) -> QuantSparseWeight:
@@ -60,6 +72,8 @@ class QuantSparseModule(nn.Module):
                 f"weight is {list(weight.shape)} with {weight.bits} bits, expected "
                 f"{list(self._shape)} with {self.bits} bits"
             )
+        if weight.codebook.shape != self.codebook.shape:
+            raise ValueError(f"weight: {self._other_groups(weight)}")
         self._layout = weight.layout
         self._nnz = weight.nnz
         for name in _BUFFERS:
@@ -67,17 +81,26 @@ class QuantSparseModule(nn.Module):
         book = weight.codebook
         self.codebook = book if isinstance(book, nn.Parameter) else nn.Parameter(book)
 
+    def _other_groups(self, weight: QuantSparseWeight) -> str:
+        """Why a weight with codebooks of another shape does not fit, and what to do."""
+        own, size = tuple(self.codebook.shape), weight.group_size
+        return (
+            f"codebook has shape {tuple(weight.codebook.shape)}, one for each {size} output "
+            f"channels, but the layer's has {own}; make the layer with group_size={size}"
+        )
+
     def _initialise(self, bound: float, device: Any, dtype: torch.dtype | None) -> None:
         """Uniform weights in +-bound, at full density, on a uniform codebook."""
         dtype = dtype or torch.get_default_dtype()
         if torch.device(device or torch.get_default_device()).type == "meta":
-            self.codebook = nn.Parameter(torch.empty(1 << self.bits, device="meta", dtype=dtype))
+            self.codebook = nn.Parameter(self.codebook.to("meta", dtype))
             for name in _BUFFERS:
                 kind = torch.int32 if name == "row_ptr" else torch.uint8
                 setattr(self, name, torch.empty(0, dtype=kind, device="meta"))
             return
         dense = torch.empty(self._shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound)
         codebook = torch.linspace(-bound, bound, 1 << self.bits, device="cpu")
+        codebook = codebook.expand(self.codebook.shape).contiguous()
         keep = torch.ones_like(dense, dtype=torch.bool)
         self.weight = QuantSparseWeight.from_dense(dense, codebook, keep)
         self.to(device=device or torch.get_default_device(), dtype=dtype)
@@ -116,6 +139,10 @@ class QuantSparseModule(nn.Module):
                 proven = QuantSparseWeight(self._shape, self.bits, *incoming)
             except (TypeError, ValueError) as error:
                 error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+                return
+            if proven.codebook.shape != self.codebook.shape:
+                reason = self._other_groups(proven)
+                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {reason}")
                 return
             assigned = local_metadata.get("assign_to_params_buffers", False)
             device = proven.device if assigned else self.codebook.device

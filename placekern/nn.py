@@ -31,12 +31,15 @@ class QuantSparseLinear(QuantSparseModule):
         device: where the layer lives; "meta" makes one that is only good for loading into.
         dtype: of codebook and bias, float32 by default.
         bits: of a code, 1 to 8.
+        group_size: the most output features that share a codebook; None: all. The codebook is
+            [ceil(M / group_size), 2^bits] where that is more than one, and groups are made equal.
         relu: applies ReLU to the output in the same pass.
 
     Shape: x [..., K] -> y [..., M], in x's dtype.
 
     Raises:
-        ValueError: bits is not 1 to 8, or (in forward) a size, dtype or device does not fit.
+        ValueError: bits is not 1 to 8, group_size is below 1, or (in forward) a size, dtype or
+            device does not fit.
     """
 
     def __init__(
@@ -48,13 +51,14 @@ class QuantSparseLinear(QuantSparseModule):
         dtype: torch.dtype | None = None,
         *,
         bits: int = 8,
+        group_size: int | None = None,
         relu: bool = False,
     ) -> None:
         if in_features < 0 or out_features < 0:
             raise ValueError(
                 f"in_features = {in_features} and out_features = {out_features}, expected >= 0"
             )
-        super().__init__((out_features, in_features), bits)
+        super().__init__((out_features, in_features), bits, group_size)
         self.in_features = in_features
         self.out_features = out_features
         self.relu = relu
@@ -79,7 +83,9 @@ class QuantSparseLinear(QuantSparseModule):
     @classmethod
     def from_weight(cls, weight: QuantSparseWeight, module: nn.Linear) -> QuantSparseLinear:
         """A layer with this weight [out, in], and bias and sizes of the dense `module`."""
-        layer = cls(module.in_features, module.out_features, False, device="meta", bits=weight.bits)
+        layer = cls(
+            module.in_features, module.out_features, False, device="meta", **_code_arguments(weight)
+        )
         return _adopt(layer, weight, module)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,14 +112,17 @@ class QuantSparseConv2d(QuantSparseModule):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype: as in `nn.Conv2d`.
         bits: of a code, 1 to 8.
+        group_size: the most output channels that share a codebook; None: all. The codebook is
+            [ceil(M / group_size), 2^bits] where that is more than one, and groups are made equal.
+            It has nothing to do with `groups`.
         relu: applies ReLU to the output in the same pass.
 
     Shape: x [batch, C, height, width] or [C, height, width] -> y alike, in x's dtype and memory
     format.
 
     Raises:
-        ValueError: an argument that `nn.Conv2d` refuses too, bits not 1 to 8, or (in forward) a
-            size, dtype or device that does not fit.
+        ValueError: an argument that `nn.Conv2d` refuses too, bits not 1 to 8, group_size below 1,
+            or (in forward) a size, dtype or device that does not fit.
     """
 
     def __init__(
@@ -131,6 +140,7 @@ class QuantSparseConv2d(QuantSparseModule):
         dtype: torch.dtype | None = None,
         *,
         bits: int = 8,
+        group_size: int | None = None,
         relu: bool = False,
     ) -> None:
         if not isinstance(kernel_size, int) and len(kernel_size) != 2:
@@ -149,7 +159,7 @@ class QuantSparseConv2d(QuantSparseModule):
             device="meta",
         )
         K = in_channels // groups * like.kernel_size[0] * like.kernel_size[1]
-        super().__init__((out_channels, K), bits)
+        super().__init__((out_channels, K), bits, group_size)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = like.kernel_size
@@ -182,7 +192,8 @@ class QuantSparseConv2d(QuantSparseModule):
     @classmethod
     def from_weight(cls, weight: QuantSparseWeight, module: nn.Conv2d) -> QuantSparseConv2d:
         """A layer with this weight [M, K], and bias, sizes and strides of the dense `module`."""
-        layer = cls(**_conv_arguments(module), bias=False, device="meta", bits=weight.bits)
+        arguments = _conv_arguments(module) | _code_arguments(weight)
+        layer = cls(**arguments, bias=False, device="meta")
         return _adopt(layer, weight, module)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -258,6 +269,11 @@ def _conv_arguments(module: Any) -> dict[str, Any]:
     return {name: getattr(module, name) for name in (*names, "groups", "padding_mode")}
 
 
+def _code_arguments(weight: QuantSparseWeight) -> dict[str, Any]:
+    groups = {"group_size": weight.group_size} if weight.codebooks > 1 else {}
+    return {"bits": weight.bits, **groups}
+
+
 def _adopt(layer: Any, weight: QuantSparseWeight, module: nn.Module) -> Any:
     layer.weight = weight
     layer.bias = module.bias
@@ -276,6 +292,8 @@ def _decode(layer: Any, module: Any) -> Any:
 
 def _describe(module: QuantSparseModule) -> str:
     text = f"bits={module.bits}"
+    if module.codebooks > 1:
+        text += f", group_size={module.group_size}"
     if not module.codebook.is_meta:
         text += f", density={module.weight.density:.3f}"
     return text + (", relu=True" if module.relu else "")

@@ -13,26 +13,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import packing
+from .codebook import prove_groups
 from .packing import READ_PADDING, Layout
 
 
-def prove_codebook(codebook: Tensor, bits: int) -> None:
-    """Proves shape, dtype and finiteness of a codebook.
+def prove_codebook(codebook: Tensor, bits: int, M: int) -> None:
+    """Proves shape, dtype and finiteness of the codebooks of M output channels.
 
     Raises:
         TypeError: it is not floating.
-        ValueError: it is not [2^bits], or an entry is NaN or infinite.
+        ValueError: it is neither [2^bits] nor [G, 2^bits] with G groups that M output channels
+            make, or an entry is NaN or infinite.
     """
     if codebook.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise TypeError(f"codebook has dtype {codebook.dtype}, expected torch.float32")
-    if codebook.shape != (1 << bits,):
-        raise ValueError(
-            f"codebook has shape {tuple(codebook.shape)}, expected ({1 << bits},) for {bits} bits"
-        )
+    prove_groups(M, codebook, bits)
     finite = torch.isfinite(codebook.detach())
     if not finite.all():
-        at = int((~finite).nonzero()[0])
-        raise ValueError(f"codebook[{at}] is {codebook[at].item()}, expected finite entries")
+        at = tuple((~finite).nonzero()[0].tolist())
+        place = ", ".join(map(str, at))
+        raise ValueError(f"codebook[{place}] is {codebook[at].item()}, expected finite entries")
 
 
 def prove_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -10,6 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def decode(
+    row_ptr: Tensor, col_ind: Tensor, codes: Tensor, codebook: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """The dense weight [M, K] of the logical form, in the codebook's dtype.
+
+    `codebook` is [2^bits], or [G, 2^bits]: one for each ceil(M / G) rows.
+    """
+    M, K = shape
+    books = codebook.reshape(-1, codebook.shape[-1])
+    book_of_row = torch.arange(M) // max(1, -(-M // len(books)))
+    rows = torch.arange(M).repeat_interleave(row_ptr.diff())
+    dense = torch.zeros(M, K, dtype=codebook.dtype)
+    return dense.index_put((rows, col_ind.long()), books[book_of_row[rows], codes.long()])
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """y [..., M] from x [..., K] and the dense weight [M, K]."""
     y = F.linear(x, weight, bias)

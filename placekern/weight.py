@@ -15,13 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import device_packing, packing, proofs
+from .codebook import bits_of, entry_index, group_size_of, midpoints, nearest
 from .packing import DEVICE_LAYOUTS, READ_PADDING, Layout
 
-__all__ = ["Layout", "QuantSparseWeight"]
+__all__ = ["Layout", "QuantSparseWeight", "as_matrix", "midpoints"]
 
 
 class QuantSparseWeight:
     """A matrix [M, K] in packed form; the value of a non-zero is `codebook[code]`.
+
+    There may be several codebooks, one for each group of `group_size` neighbouring output channels
+    (rows): then the value is `codebook[row // group_size, code]`.
 
     A convolution's weight [M, C / groups, kernel_h, kernel_w] is the matrix with
     K = C / groups * kernel_h * kernel_w. Pruned positions are absent: no code is spent on zero.
@@ -34,7 +38,8 @@ class QuantSparseWeight:
         row_ptr: int32 [M + 1] (int64 past 2^31 non-zeros), where each row's entries start.
         positions: uint8, the columns in `layout`, with read padding.
         codes: uint8, the codes in `layout`, with read padding.
-        codebook: float32 [2^bits]; may be a `torch.nn.Parameter`.
+        codebook: float32 [2^bits], or [G, 2^bits] for G >= 2 groups of output channels; may be a
+            `torch.nn.Parameter`.
 
     Make one with `from_dense`, `from_csr` or `from_scipy`; the constructor takes the packed
     arrays of a CPU layout, as a state_dict has them, and proves them.
@@ -64,7 +69,7 @@ class QuantSparseWeight:
                 f"row_ptr, positions, codes and codebook are on different devices "
                 f"({', '.join(sorted(devices))}); move them to one first"
             )
-        proofs.prove_codebook(codebook, bits)
+        proofs.prove_codebook(codebook, bits, M)
         for name, tensor in (("row_ptr", row_ptr), ("positions", positions), ("codes", codes)):
             proofs.prove_contiguous(name, tensor)
         rows = row_ptr.detach().cpu().numpy().astype(np.int64)
@@ -143,7 +148,7 @@ class QuantSparseWeight:
             row_ptr: int32 or int64 [M + 1], monotone from 0 to nnz.
             col_ind: uint16, int32 or int64 [nnz], strictly increasing in each row, < K.
             codes: uint8 [nnz], each < 2^bits.
-            codebook: float32 [2^bits], finite.
+            codebook: float32 [2^bits] or [G, 2^bits], finite.
             shape: (M, K).
             bits: 1 to 8.
 
@@ -157,7 +162,7 @@ class QuantSparseWeight:
         columns = proofs.as_numpy("col_ind", col_ind, np.uint16, np.int32, np.int64)
         code = proofs.as_numpy("codes", codes, np.uint8)
         book = codebook if isinstance(codebook, Tensor) else torch.as_tensor(np.asarray(codebook))
-        proofs.prove_codebook(book, bits)
+        proofs.prove_codebook(book, bits, M)
         if book.dtype != torch.float32:
             raise TypeError(f"codebook has dtype {book.dtype}, expected torch.float32")
         proofs.prove_row_ptr(rows, M)
@@ -212,32 +217,29 @@ class QuantSparseWeight:
 
         Args:
             weight: floating, [M, ...]; dimensions after the first are flattened to K.
-            codebook: float32 [2^bits], in any order; its length gives the bits. Of two entries
-                equally near, the smaller is taken.
+            codebook: float32 [2^bits] or [G, 2^bits], in any order; its last size gives the bits.
+                A weight takes the nearest entry of its own row's codebook; of two equally near,
+                the smaller.
             mask: bool, of the weight's shape, True where a weight is kept; None keeps the
                 non-zeros.
 
         Raises:
             TypeError: a dtype is wrong.
-            ValueError: a kept weight is not finite, the mask has another shape, or the length of
-                the codebook is no power of two from 2 to 256.
+            ValueError: a kept weight is not finite, the mask has another shape, the last size of
+                the codebook is no power of two from 2 to 256, or M output channels do not make
+                its G groups.
         """
         if not weight.is_floating_point():
             raise TypeError(f"weight has dtype {weight.dtype}, expected a floating dtype")
-        entries = codebook.numel()
-        bits = entries.bit_length() - 1
-        if codebook.dim() != 1 or entries != 1 << bits or not 1 <= bits <= 8:
-            raise ValueError(
-                f"codebook has shape {tuple(codebook.shape)}, expected [2^bits] with bits 1 to 8"
-            )
+        bits = bits_of(codebook)
         if mask is not None and mask.shape != weight.shape:
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}, but weight has {tuple(weight.shape)}"
             )
         if mask is not None:
             proofs.prove_dtype("mask", mask, torch.bool)
-        proofs.prove_codebook(codebook, bits)
         matrix = as_matrix(weight.detach())
+        proofs.prove_codebook(codebook, bits, matrix.shape[0])
         keep = matrix != 0 if mask is None else mask.reshape(matrix.shape)
         values = matrix[keep].float().cpu()
         if not torch.isfinite(values).all():
@@ -246,7 +248,8 @@ class QuantSparseWeight:
                 f"weight[{bad[0]}, {bad[1]}] is {matrix[bad[0], bad[1]].item()}, "
                 "expected finite weights"
             )
-        return cls.from_mask(keep, _nearest(values, codebook), codebook.to(weight.device))
+        codes = nearest(values, codebook, _row_ptr(keep.cpu().numpy()))
+        return cls.from_mask(keep, codes, codebook.to(weight.device))
 
     @classmethod
     def from_mask(cls, mask: Tensor, codes: Tensor, codebook: Tensor) -> QuantSparseWeight:
@@ -255,23 +258,21 @@ class QuantSparseWeight:
         Args:
             mask: bool [M, K].
             codes: uint8 [nnz], each < 2^bits.
-            codebook: float32 [2^bits]; its length gives the bits.
+            codebook: float32 [2^bits] or [G, 2^bits]; its last size gives the bits.
 
         Raises:
             TypeError: a dtype is wrong.
-            ValueError: the number of codes is not the number of kept positions, or a code is too
-                large.
+            ValueError: the number of codes is not the number of kept positions, a code is too
+                large, or M output channels do not make G groups.
         """
         proofs.prove_dtype("mask", mask, torch.bool)
-        bits = codebook.numel().bit_length() - 1
-        proofs.prove_bits(bits)
-        proofs.prove_codebook(codebook, bits)
+        bits = bits_of(codebook)
         M, K = proofs.prove_shape(tuple(mask.shape))
+        proofs.prove_codebook(codebook, bits, M)
         code = proofs.as_numpy("codes", codes, np.uint8)
         proofs.prove_codes(code, bits)
         kept = mask.cpu().numpy()
-        row_ptr = np.zeros(M + 1, np.int64)
-        np.cumsum(np.count_nonzero(kept, axis=1), out=row_ptr[1:])
+        row_ptr = _row_ptr(kept)
         if code.shape != (row_ptr[-1],):
             raise ValueError(
                 f"codes has shape {code.shape}, but the mask keeps {row_ptr[-1]} positions"
@@ -289,8 +290,8 @@ class QuantSparseWeight:
 
         Args:
             matrix: float [M, K], columns sorted and not repeated.
-            codebook: float32 [2^bits], to whose entries the values are moved; None: the distinct
-                values of the matrix are the codebook and nothing is lost.
+            codebook: float32 [2^bits] or [G, 2^bits], to whose entries the values are moved;
+                None: the distinct values of the matrix are the codebook and nothing is lost.
             bits: with codebook None, the width to use; default the smallest that fits.
 
         Raises:
@@ -311,13 +312,13 @@ class QuantSparseWeight:
                 [distinct, np.full((1 << bits) - len(distinct), last, np.float32)]
             )
         book = torch.as_tensor(np.asarray(codebook, np.float32))
-        codes = _nearest(torch.from_numpy(values), book)
+        bits = bits_of(book)
+        proofs.prove_codebook(book, bits, matrix.shape[0])
         if not np.isfinite(values).all():
             at = int(np.flatnonzero(~np.isfinite(values))[0])
             raise ValueError(f"matrix.data[{at}] is {values[at]}, expected finite values")
-        return cls.from_csr(
-            matrix.indptr, matrix.indices, codes, book, matrix.shape, book.numel().bit_length() - 1
-        )
+        codes = nearest(torch.from_numpy(values), book, matrix.indptr.astype(np.int64))
+        return cls.from_csr(matrix.indptr, matrix.indices, codes, book, matrix.shape, bits)
 
     # ---- reading one ----
 
@@ -348,23 +349,34 @@ class QuantSparseWeight:
             codes = packing.unpack_codes(codes, self.nnz, self.bits)
         return rows, columns, codes
 
+    def entry_index(self) -> Tensor:
+        """Which entry of `codebook.flatten()` each non-zero has, int64 [nnz] in CSR order.
+
+        That is group * 2^bits + code, and the code itself where there is one codebook.
+        """
+        rows, _, codes = self._unpack()
+        return torch.from_numpy(entry_index(rows, codes, self.codebook.shape)).to(self.device)
+
     def to_scipy(self) -> Any:
         """A `scipy.sparse.csr_matrix` of float32 values."""
         from scipy.sparse import csr_matrix
 
-        rows, columns, codes = (t.cpu().numpy() for t in self.to_csr())
-        values = self.codebook.detach().float().cpu().numpy()[codes]
+        rows, columns, codes = self._unpack()
+        entries = self.codebook.detach().float().cpu().numpy().ravel()
+        values = entries[entry_index(rows, codes, self.codebook.shape)]
+        rows = self.row_ptr.cpu().numpy()
         return csr_matrix((values, columns.astype(np.int64), rows), shape=self.shape)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix [M, K], by default in the codebook's dtype; differentiable in it."""
-        row_ptr, col_ind, codes = self.to_csr()
+        row_ptr, columns, codes = self._unpack()
         M, K = self.shape
-        rows = torch.repeat_interleave(
-            torch.arange(M, device=codes.device), row_ptr.diff().long(), output_size=self.nnz
-        )
-        dense = torch.zeros(M, K, dtype=self.codebook.dtype, device=codes.device).index_put(
-            (rows, col_ind.long()), self.codebook[codes.long()]
+        rows = np.repeat(np.arange(M), np.diff(row_ptr))
+        entries = entry_index(row_ptr, codes, self.codebook.shape)
+        device = self.device
+        places = tuple(torch.from_numpy(i).to(device) for i in (rows, columns.astype(np.int64)))
+        dense = torch.zeros(M, K, dtype=self.codebook.dtype, device=device).index_put(
+            places, self.codebook.flatten()[torch.from_numpy(entries).to(device)]
         )
         return dense if dtype is None else dense.to(dtype)
 
@@ -405,6 +417,16 @@ class QuantSparseWeight:
         return self._pack(*self._unpack(), self.codebook, self.shape, self.bits, layout)
 
     @property
+    def codebooks(self) -> int:
+        """How many there are: one for each group of output channels."""
+        return 1 if self.codebook.dim() == 1 else self.codebook.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        """Output channels that share a codebook: M when there is one."""
+        return group_size_of(self.shape[0], self.codebook.shape)
+
+    @property
     def device(self) -> torch.device:
         """Where the arrays live."""
         return self.codes.device
@@ -433,8 +455,9 @@ class QuantSparseWeight:
         M, K = self.shape
         dense = 4 * M * K
         share = f", {self.nbytes / dense:.1%} of float32" if dense else ""
+        groups = f"group_size {self.group_size}, " if self.codebooks > 1 else ""
         return (
-            f"QuantSparseWeight([{M}, {K}], {self.bits} bits, density {self.density:.3f}, "
+            f"QuantSparseWeight([{M}, {K}], {self.bits} bits, {groups}density {self.density:.3f}, "
             f"{self.nnz:,} non-zeros, {self.layout.name.lower()} layout, "
             f"{self.nbytes:,} bytes{share}, device={self.device})"
         )
@@ -457,20 +480,8 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], weight.shape[1:].numel())
 
 
-def midpoints(codebook: Tensor) -> Tensor:
-    """Boundaries float32 [n - 1] between sorted entries [n]: midpoints, rounded down.
-
-    A value above a boundary belongs to the upper entry. Rounded to nearest, the midpoint of two
-    neighbouring floats could be the upper one, which would then be taken for the lower.
-    """
-    exact = (codebook[1:].double() + codebook[:-1].double()) / 2
-    rounded = exact.float()
-    return torch.where(
-        rounded > exact, torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)), rounded
-    )
-
-
-def _nearest(values: Tensor, codebook: Tensor) -> Tensor:
-    """Code of the nearest entry, uint8; of two equally near, the smaller entry's."""
-    book, order = torch.sort(codebook.detach().float().cpu(), stable=True)
-    return order.to(torch.uint8)[torch.bucketize(values, midpoints(book), out_int32=True)]
+def _row_ptr(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Where each row's entries start, int64 [M + 1], from the mask [M, K] of kept positions."""
+    row_ptr = np.zeros(len(mask) + 1, np.int64)
+    np.cumsum(np.count_nonzero(mask, axis=1), out=row_ptr[1:])
+    return row_ptr

@@ -30,12 +30,17 @@ CONVOLUTIONS: list[dict[str, Any]] = [
 
 
 def random_weight(
-    M: int, K: int, density: float, bits: int, dtype: torch.dtype = torch.float32
+    M: int,
+    K: int,
+    density: float,
+    bits: int,
+    dtype: torch.dtype = torch.float32,
+    codebooks: int = 1,
 ) -> QuantSparseWeight:
-    """Random positions, codes and codebook (unsorted, no entry zero)."""
+    """Random positions, codes and codebooks (unsorted, no entry zero)."""
     mask = torch.rand(M, K) < density
     codes = torch.randint(0, 1 << bits, (int(mask.sum()),), dtype=torch.uint8)
-    codebook = torch.randn(1 << bits)
+    codebook = torch.randn(1 << bits) if codebooks == 1 else torch.randn(codebooks, 1 << bits)
     codebook = codebook + torch.where(codebook >= 0, 0.1, -0.1)
     weight = QuantSparseWeight.from_mask(mask, codes, codebook)
     weight.codebook = codebook.to(dtype)

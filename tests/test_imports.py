@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
     "packing": set(),
-    "proofs": {"packing"},
+    "codebook": set(),
+    "proofs": {"packing", "codebook"},
     "device_packing": {"packing"},
-    "weight": {"packing", "device_packing", "proofs"},
+    "weight": {"packing", "codebook", "device_packing", "proofs"},
     "reference": set(),
-    "_native": {"_cpu", "_cuda"},
+    "_native": {"_cpu", "_cuda", "codebook"},
     "device": {"_native", "packing", "device_packing"},
     "device_backward": {"_native", "device"},
 }

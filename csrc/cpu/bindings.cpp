@@ -19,7 +19,8 @@ template <class T>
 void bind_weight(py::module_& m, const char* name) {
     py::class_<Weight<T>>(m, name, py::module_local())
         .def(py::init([](int64_t M, int64_t K, int bits, int layout, uintptr_t row_ptr, bool wide,
-                         uintptr_t positions, uintptr_t codes, uintptr_t codebook) {
+                         uintptr_t positions, uintptr_t codes, uintptr_t codebook,
+                         int64_t group_size) {
                  return Weight<T>{M,
                                   K,
                                   bits,
@@ -28,11 +29,12 @@ void bind_weight(py::module_& m, const char* name) {
                                   wide ? at<const int64_t>(row_ptr) : nullptr,
                                   at<const uint8_t>(positions),
                                   at<const uint8_t>(codes),
-                                  at<const T>(codebook)};
+                                  at<const T>(codebook),
+                                  group_size};
              }),
              py::kw_only(), py::arg("M"), py::arg("K"), py::arg("bits"), py::arg("layout"),
              py::arg("row_ptr"), py::arg("wide"), py::arg("positions"), py::arg("codes"),
-             py::arg("codebook"));
+             py::arg("codebook"), py::arg("group_size"));
 }
 
 template <class T>

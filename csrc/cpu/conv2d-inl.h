@@ -229,7 +229,7 @@ void conv2d_impl(const Conv2dArgs<T>& given) {
     Carver measure(nullptr);
     Conv2dScratch<T>(measure, rows);
     const Scratch scratch(args.threads, measure.used());
-    const Decoder<T> decoder(w);
+    const Decoder<T> decoder(w, args.threads);
 #pragma omp parallel num_threads(args.threads)
     {
         Carver carver(scratch.of(omp_get_thread_num()));

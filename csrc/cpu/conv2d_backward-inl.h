@@ -1,20 +1,24 @@
 // Both gradients of a convolution from one decoding of each window. A task owns one image and one
 // group, hence a part of grad_x that no other task touches, and its own sums by code: nothing is
-// atomic, and the result is the same for any number of threads.
+// atomic, and the result is the same for any number of threads. With many codebooks a task has
+// several images, which bounds the memory of the sums.
+//
+// "Group" alone is one of the convolution's; a codebook's rows may lie in several of these.
 
 template <class T>
 struct Conv2dBackwardScratch {
-    T* columns;        // [kWindow, kTilePixels], of x
-    T* grad_columns;   // [kWindow, kTilePixels], of grad_x
-    T* grad_y;         // [rows, kTilePixels]
-    T* bins;           // [2^bits, lanes]: a vector a code, so that adding needs no horizontal sum
+    T* columns;       // [kWindow, kTilePixels], of x
+    T* grad_columns;  // [kWindow, kTilePixels], of grad_x
+    T* grad_y;        // [rows, kTilePixels]
+    T* bins;  // [codebooks, 2^bits, lanes]: a vector a code, so that adding needs no horizontal sum
     int64_t* cursors;  // [rows]
 
-    Conv2dBackwardScratch(Carver& carver, int64_t rows)
+    // `codebooks`: as many as a task's rows have at most.
+    Conv2dBackwardScratch(Carver& carver, int64_t rows, int64_t codebooks)
         : columns(carver.take<T>(kWindow * kTilePixels<T> + kColumnSlack<T>)),
           grad_columns(carver.take<T>(kWindow * kTilePixels<T>)),
           grad_y(carver.take<T>(rows * kTilePixels<T>)),
-          bins(carver.take<T>(kMaxCodes * Vec<T>::lanes)),
+          bins(carver.take<T>(codebooks * kMaxCodes * Vec<T>::lanes)),
           cursors(carver.take<int64_t>(rows)) {}
 };
 
@@ -63,7 +67,8 @@ void add_entry_gradients(const Entries<T>& entries, const T* grad_y, const T* co
     }
 }
 
-// One image and one group. `partial` receives the sums by code, in float64.
+// One image and one group. The sums by code, in float64, are added to `partial` [codebooks,
+// 2^bits], where the first codebook is that of the group's first row.
 template <class T>
 void conv2d_backward_task(const Decoder<T>& decoder, const Conv2dBackwardArgs<T>& args,
                           int64_t image, int64_t group, const Conv2dBackwardScratch<T>& s,
@@ -74,7 +79,8 @@ void conv2d_backward_task(const Decoder<T>& decoder, const Conv2dBackwardArgs<T>
     const int64_t rows = w.M / args.shape.groups;
     const int64_t m0 = group * rows;
     const int64_t plane = args.shape.out_height * args.shape.out_width;
-    const int codes = 1 << w.bits;
+    const int64_t codebook0 = m0 / w.group_size;
+    const int64_t codes = ((m0 + rows - 1) / w.group_size - codebook0 + 1) << w.bits;
     for (int64_t pixel = 0; pixel < plane; pixel += kTile) {
         const PixelRuns runs(args.shape, image * plane + pixel,
                              static_cast<int>(smaller(plane - pixel, int64_t{kTile})));
@@ -86,48 +92,68 @@ void conv2d_backward_task(const Decoder<T>& decoder, const Conv2dBackwardArgs<T>
             const int64_t width = smaller(w.K - k0, int64_t{kWindow});
             if (partial) gather_columns(args.shape, args.x, runs, group, k0, width, s.columns);
             if (args.grad_x.data) std::memset(s.grad_columns, 0, sizeof(T) * kWindow * kTile);
+            T* bins = s.bins;
+            int64_t group_end = (codebook0 + 1) * w.group_size - m0;
             for (int64_t r = 0; r < rows; ++r) {
+                if (r == group_end) {
+                    bins += lanes << w.bits;
+                    group_end += w.group_size;
+                }
                 decoder.entries_with_codes(m0 + r, window, s.cursors[r], entries);
                 s.cursors[r] += entries.count;
                 add_entry_gradients(entries, s.grad_y + r * kTile, s.columns,
                                     args.grad_x.data ? s.grad_columns : nullptr,
-                                    partial ? s.bins : nullptr);
+                                    partial ? bins : nullptr);
             }
             if (args.grad_x.data) {
                 scatter_columns(args.shape, s.grad_columns, runs, group, k0, width, args.grad_x);
             }
         }
-        for (int i = 0; partial && i < codes * lanes; ++i) partial[i / lanes] += s.bins[i];
+        for (int64_t i = 0; partial && i < codes * lanes; ++i) partial[i / lanes] += s.bins[i];
     }
 }
 
 template <class T>
 void conv2d_backward_impl(const Conv2dBackwardArgs<T>& args) {
     const Weight<T>& w = args.weight;
-    const int codes = 1 << w.bits;
-    const int64_t tasks = args.shape.batch * args.shape.groups;
-    if (args.grad_codebook) std::memset(args.grad_codebook, 0, codes * sizeof(double));
-    if (tasks == 0 || args.shape.pixels() == 0) return;
+    const int64_t groups = args.shape.groups;
+    const int64_t rows = w.M / groups;
+    if (args.grad_codebook)
+        std::memset(args.grad_codebook, 0, sizeof(double) * (w.codebooks() << w.bits));
+    if (args.shape.batch == 0 || rows == 0 || args.shape.pixels() == 0) return;
 
+    // The codebooks of so many rows in a row, wherever the first of them stands.
+    const int64_t codebooks = smaller(w.codebooks(), (rows + w.group_size - 2) / w.group_size + 1);
+    const int64_t codes = codebooks << w.bits;
+    const int64_t slots = args.grad_codebook ? partial_sums(w, args.shape.batch, groups * codebooks)
+                                             : args.shape.batch;
+    const int64_t tasks = slots * groups;
     Carver measure(nullptr);
-    Conv2dBackwardScratch<T>(measure, w.M / args.shape.groups);
+    Conv2dBackwardScratch<T>(measure, rows, codebooks);
     const Scratch scratch(args.threads, measure.used());
-    const Scratch partials(1, sizeof(double) * tasks * codes);
+    const Scratch partials(1, args.grad_codebook ? sizeof(double) * tasks * codes : 0);
     double* partial = args.grad_codebook ? static_cast<double*>(partials.of(0)) : nullptr;
     if (partial) std::memset(partial, 0, sizeof(double) * tasks * codes);
-    const Decoder<T> decoder(w);
+    const Decoder<T> decoder(w, args.threads);
 #pragma omp parallel num_threads(args.threads)
     {
         Carver carver(scratch.of(omp_get_thread_num()));
-        const Conv2dBackwardScratch<T> s(carver, w.M / args.shape.groups);
+        const Conv2dBackwardScratch<T> s(carver, rows, codebooks);
         Entries<T> entries;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; ++task) {
-            conv2d_backward_task(decoder, args, task / args.shape.groups, task % args.shape.groups,
-                                 s, entries, partial ? partial + task * codes : nullptr);
+            const int64_t slot = task / groups, past = args.shape.batch * (slot + 1) / slots;
+            for (int64_t image = args.shape.batch * slot / slots; image < past; ++image) {
+                conv2d_backward_task(decoder, args, image, task % groups, s, entries,
+                                     partial ? partial + task * codes : nullptr);
+            }
         }
     }
     for (int64_t task = 0; partial && task < tasks; ++task) {
-        for (int c = 0; c < codes; ++c) args.grad_codebook[c] += partial[task * codes + c];
+        const int64_t m0 = task % groups * rows;
+        const int64_t first = m0 / w.group_size, last = (m0 + rows - 1) / w.group_size;
+        double* sums = args.grad_codebook + (first << w.bits);
+        for (int64_t i = 0; i < (last - first + 1) << w.bits; ++i)
+            sums[i] += partial[task * codes + i];
     }
 }

@@ -15,7 +15,17 @@ struct Entries {
 template <class T>
 class Decoder {
   public:
-    explicit Decoder(const Weight<T>& weight) : w_(weight), book_(weight.codebook, weight.bits) {}
+    // Every codebook is prepared for lookups once, before the threads that share it start.
+    Decoder(const Weight<T>& weight, int threads)
+        : w_(weight),
+          one_(weight.codebooks() == 1),
+          memory_(1, sizeof(Codebook<T>) * weight.codebooks()),
+          books_(static_cast<Codebook<T>*>(memory_.of(0))) {
+        const int64_t count = weight.codebooks();
+#pragma omp parallel for num_threads(threads) if (count > 64)
+        for (int64_t g = 0; g < count; ++g)
+            new (books_ + g) Codebook<T>(weight.codebook + (g << weight.bits), weight.bits);
+    }
 
     // Index of the first entry of `window` in row m: what the row pointer says plus the entries
     // before it.
@@ -56,7 +66,7 @@ class Decoder {
             const int low = columns_of_mask(mask(m, k), 0, out.columns);
             out.count = low + columns_of_mask(mask(m, k + 64), 64, out.columns + low);
         }
-        values(entry, out.count, out.codes, out.values);
+        values(m, entry, out.count, out.codes, out.values);
     }
 
     // As `entries`, for callers that read out.codes: 8-bit codes are looked up in place otherwise.
@@ -65,14 +75,15 @@ class Decoder {
         if (w_.bits == 8) std::memcpy(out.codes, w_.codes + entry, out.count);
     }
 
-    // Values of `count` entries in a row, from a cursor on. Both buffers are longer by 64 than the
+    // Values of `count` entries of row m, from a cursor on. Both buffers are longer by 64 than the
     // count.
-    void values(int64_t entry, int count, uint8_t* codes, T* values) const {
+    void values(int64_t m, int64_t entry, int count, uint8_t* codes, T* values) const {
+        const Codebook<T>& book = books_[one_ ? 0 : m / w_.group_size];
         if (w_.bits == 8) {
-            book_.lookup(w_.codes + entry, count, values);
+            book.lookup(w_.codes + entry, count, values);
         } else {
             unpack_codes(w_.codes, entry * w_.bits, w_.bits, count, codes);
-            book_.lookup(codes, count, values);
+            book.lookup(codes, count, values);
         }
     }
 
@@ -93,7 +104,7 @@ class Decoder {
             return buffer.count;
         }
         buffer.count = count(m, window);
-        values(entry, buffer.count, buffer.codes, buffer.values);
+        values(m, entry, buffer.count, buffer.codes, buffer.values);
         const T* next = buffer.values;
         for (int k = 0; k < kWindow; k += 64) {
             const uint64_t word = mask(m, window * kWindow + k);
@@ -125,5 +136,19 @@ class Decoder {
 
   private:
     const Weight<T>& w_;
-    Codebook<T> book_;
+    bool one_;  // spares a division
+    Scratch memory_;
+    Codebook<T>* books_;  // [codebooks]
 };
+
+// How many partial sums of a gradient [codebooks, 2^bits] are kept, out of `most` pieces of work,
+// for `copies` of it each. The number follows from the sizes alone, and so do the sums: they are
+// the same for any number of threads. One codebook has a sum for every piece; with many, their
+// memory is bounded.
+template <class T>
+int64_t partial_sums(const Weight<T>& weight, int64_t most, int64_t copies) {
+    constexpr int64_t kLeast = 16, kBytes = 16 << 20;
+    if (weight.codebooks() == 1) return most;
+    const int64_t bytes = copies * static_cast<int64_t>(sizeof(double)) << weight.bits;
+    return smaller(most, larger(kLeast, kBytes / larger(bytes, int64_t{1})));
+}

@@ -109,7 +109,7 @@ void linear_row(const Decoder<T>& decoder, const LinearArgs<T>& args, int64_t m,
         const int64_t end = smaller(w.K, k + kChunk);
         const int count = decoder.count_columns(m, k, end);
         decoder.prefetch(entry, count);
-        decoder.values(entry, count, buffers.codes, buffers.values);
+        decoder.values(m, entry, count, buffers.codes, buffers.values);
         if (w.layout == Layout::kMask) {
             add_masked(decoder, args, m, k, end, buffers.values, sums);
         } else {
@@ -127,7 +127,7 @@ void linear_small_batch(const LinearArgs<T>& args) {
     constexpr RowFunction kRow[] = {linear_row<T, 1>, linear_row<T, 2>, linear_row<T, 3>,
                                     linear_row<T, 4>};
     const RowFunction row = kRow[args.N - 1];
-    const Decoder<T> decoder(args.weight);
+    const Decoder<T> decoder(args.weight, args.threads);
 #pragma omp parallel num_threads(args.threads)
     {
         RowBuffers<T> buffers;
@@ -179,7 +179,7 @@ void linear_tile(const Decoder<T>& decoder, const LinearArgs<T>& args, int64_t m
 
 template <class T>
 void linear_large_batch(const LinearArgs<T>& args) {
-    const Decoder<T> decoder(args.weight);
+    const Decoder<T> decoder(args.weight, args.threads);
     const int64_t row_blocks = (args.weight.M + kBatchRows - 1) / kBatchRows;
     const int64_t column_blocks = (args.N + kBatchColumns - 1) / kBatchColumns;
     const Scratch scratch(args.threads, sizeof(Vec<T>) * kBatchRows * kBatchColumns);

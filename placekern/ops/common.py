@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, device_packing
+from ..codebook import prove_groups
 from ..packing import DEVICE_LAYOUTS, READ_PADDING, Layout, mask_bytes, window_bytes
 from ..weight import QuantSparseWeight
 
@@ -121,10 +122,10 @@ def check_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None
                 "move the layer or x to one device"
             )
     if w.codebook.shape != (1 << w.bits,):
-        raise ValueError(
-            f"{op}: codebook has shape {tuple(w.codebook.shape)}, expected ({1 << w.bits},) "
-            f"for {w.bits} bits"
-        )
+        try:
+            prove_groups(w.M, w.codebook, w.bits)
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from None
     smallest = READ_PADDING + _least_position_bytes(w)
     if w.codes.shape[0] < READ_PADDING:
         raise ValueError(
@@ -172,8 +173,8 @@ def ready(weight: _native.Weight, dtype: torch.dtype) -> _native.Weight:
 
 
 def codebook_sums(weight: _native.Weight) -> Tensor:
-    """Where a backward kernel writes the gradient of the codebook: float64 [2^bits]."""
-    return torch.empty(1 << weight.bits, dtype=torch.float64, device="cpu")
+    """Where a backward kernel writes the gradient of the codebook: float64, of its shape."""
+    return torch.empty(weight.codebook.shape, dtype=torch.float64, device="cpu")
 
 
 def as_codebook_gradient(weight: _native.Weight, sums: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, device
-from ..weight import midpoints
+from ..codebook import midpoints
 from . import common
 
 
