@@ -190,7 +190,7 @@ def conv2d_backward(
     grad_x: Tensor | None,
     grad_codebook: Tensor | None,
 ) -> None:
-    """Adds to grad_x (any strides, zeroed before) and fills grad_codebook, float64 [..., 2^bits]."""
+    """Adds to grad_x (any strides, zeroed before); fills grad_codebook as `linear_backward`."""
     _cpu.conv2d_backward(
         _weight(weight),
         _cpu.ConvShape(**shape),

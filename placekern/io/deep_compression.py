@@ -79,13 +79,19 @@ def save_deep_compression(model: nn.Module, path: str | os.PathLike[str]) -> int
         The size of the file in bytes.
 
     Raises:
-        ValueError: there are no compressed layers, or one has no bias or too many codes.
+        ValueError: there are no compressed layers, or one has no bias, too many codes or several
+            codebooks.
         OSError: the file cannot be written.
     """
     counts, bodies = [], []
     for name, layer in quant_sparse_layers(model):
         if layer.bias is None:
             raise ValueError(f"{name} has no bias, but the format gives every layer one")
+        if layer.codebooks > 1:
+            raise ValueError(
+                f"{name} has {layer.codebooks} codebooks, but the format has one for a layer; "
+                "compress it without group_size"
+            )
         codes, gaps, codebook = _entries(name, layer.weight)
         bias = layer.bias.detach().float().cpu().numpy()
         nibbles = np.zeros(len(gaps) + len(gaps) % 2, np.uint8)

@@ -90,13 +90,22 @@ def coreml_palette(weight: QuantSparseWeight, rank: int) -> Tensor:
         rank: dimensions of the dense weight, 4 for a convolution and 2 for a linear layer.
 
     Returns:
-        float32 [1, ..., 1, entries, 1] of rank + 2 dimensions: one palette for the whole weight.
-        Widened tables repeat the last entry.
+        float32 [G, 1, ..., 1, entries, 1] of rank + 2 dimensions: one palette for each M / G output
+        channels. Widened tables repeat the last entry.
+
+    Raises:
+        ValueError: M is no multiple of G, as Core ML's groups of equal size want it.
     """
+    M, G = weight.shape[0], weight.codebooks
+    if M % G:
+        raise ValueError(
+            f"{M} output channels do not divide into {G} equal groups, as palettes of Core ML "
+            "want them; compress it with a group_size that divides them"
+        )
     width = next(bits for bits in COREML_BITS if bits >= weight.bits)
-    book = weight.codebook.detach().float().cpu()
-    book = torch.cat([book, book[-1:].expand((1 << width) - len(book))])
-    return book.reshape(*[1] * rank, 1 << width, 1)
+    books = weight.codebook.detach().float().cpu().reshape(G, -1)
+    books = torch.cat([books, books[:, -1:].expand(-1, (1 << width) - books.shape[1])], 1)
+    return books.reshape(G, *[1] * (rank - 1), 1 << width, 1)
 
 
 def export_coreml(model: nn.Module) -> nn.Module:
@@ -114,7 +123,8 @@ def export_coreml(model: nn.Module) -> nn.Module:
         The copy, on the CPU, in eval mode. A layer that applies ReLU is a Sequential of two.
 
     Raises:
-        ValueError: the model has no compressed layers, or is itself one.
+        ValueError: the model has no compressed layers, is itself one, or has a layer whose output
+            channels do not divide into as many equal groups as it has codebooks.
     """
     if isinstance(model, QuantSparseModule):
         raise ValueError(f"the model is itself a {type(model).__name__}; put it in a Sequential")
@@ -123,14 +133,17 @@ def export_coreml(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError(f"the {type(model).__name__} has no compressed layers; compress_ it first")
     model.register_buffer(f"{_COREML}metadata_version", torch.tensor(1))
-    for _, layer in layers:
+    for name, layer in layers:
         dense = layer.to_dense()
         owner = dense[0] if isinstance(dense, nn.Sequential) else dense  # which has a ReLU behind
         # Core ML looks each weight up in the palette, and takes zeros for pruned.
         owner.float()
         kind = torch.tensor([_PRUNING, _PALETTIZATION])
         owner.register_buffer(f"{_COREML}weight/compression_type", kind)
-        palette = coreml_palette(layer.weight, owner.weight.dim())
+        try:
+            palette = coreml_palette(layer.weight, owner.weight.dim())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         owner.register_buffer(f"{_COREML}weight/lut", palette)
         replace_module(model, layer, dense)
     return model

@@ -365,6 +365,12 @@ def _load_into(model: nn.Module, layer: QuantSparseModule, path: str | os.PathLi
             f"{path} holds a single {layer.bits}-bit layer, which cannot take the place of a "
             f"{type(model).__name__} in place; load into a compressed layer of the same bits"
         )
+    if model.group_size != layer.group_size:
+        raise ValueError(
+            f"{path} holds a single layer with a codebook for each {layer.group_size} output "
+            f"channels, but the model's is for {model.group_size}; load into a layer made with "
+            f"group_size={layer.group_size}"
+        )
     model.weight = layer.weight
     model.relu = layer.relu
 

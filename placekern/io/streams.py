@@ -98,7 +98,7 @@ def decode(
         nnz: entries.
         positions: the stream of positions.
         codes: the stream of codes.
-        codebook: [2^bits].
+        codebook: [2^bits] or [G, 2^bits].
         coding: of the positions, one of `CODINGS`.
         common: the codes that digits stand for; none: the codes are written as they are.
         rare: the stream of the other codes, where there are digits.
