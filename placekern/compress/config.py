@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..codebook import codebook_shape, group_size_of
 from ..weight import QuantSparseWeight, as_matrix
 from . import prune, quantize
 from .kmeans_init import INITS
@@ -166,8 +167,8 @@ class CompressConfig:
                 f"weight[{row}, {column}] is {matrix[row, column].item()}, expected finite weights"
             )
         mask = self.mask(matrix)
-        groups = -(-len(matrix) // (self.group_size or len(matrix) or 1))
-        group_size = -(-len(matrix) // max(groups, 1)) or 1
+        M = len(matrix)
+        group_size = group_size_of(M, codebook_shape(M, self.bits, self.group_size)) or 1
         books, codes = [], []
         for rows, kept in zip(matrix.split(group_size), mask.split(group_size), strict=True):
             book, code = self._quantize(rows[kept])

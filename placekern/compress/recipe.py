@@ -392,6 +392,7 @@ class Recipe:
                     config.codebook_gradient,
                     config.grid,
                     dense.weight.detach() if keep_dense else None,
+                    dense.config.entropy_lambda,
                 )
         if self.optimizer is not None:
             replace_weights(self.optimizer, self._pairs, swapped)

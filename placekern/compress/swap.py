@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,14 +85,14 @@ def compress_(
     seen = None if example is None else passes(model, example)
     before = _tensors(model)
     float32_bytes = _float32_bytes(model, before)
-    weights: dict[tuple[Any, ...], QuantSparseWeight] = {}
+    weights: dict[tuple[int, str], QuantSparseWeight] = {}
     encoded: dict[int, WeightSizes] = {}
     swaps: list[tuple[str, nn.Module, QuantSparseModule]] = []
     for done, (name, module, own) in enumerate(work):
         if progress:
             progress(name, done, len(work))
-        how = (own.bits, own.threshold, own.sparsity, own.method, own.entropy_lambda)
-        key = (id(module.weight), *how)
+        # Layers that share a weight share its codebook where all settings agree.
+        key = (id(module.weight), repr(replace(own, layers={})))
         if key not in weights:
             try:
                 weights[key] = own.compress_tensor(module.weight)

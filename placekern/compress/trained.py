@@ -11,14 +11,15 @@ near a boundary change sides. It costs one float32 a kept weight, while training
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..module import QuantSparseModule
 from ..weight import QuantSparseWeight
+from . import quantize
 
 GRIDS = (None, "bfloat16", "int8")
 GRADIENTS = ("sum", "mean")
@@ -28,9 +29,9 @@ def project(codebook: Tensor, grid: str | None) -> Tensor:
     """The entries rounded to a grid; a new tensor of the same dtype, idempotent.
 
     Args:
-        codebook: float32 [n], finite.
+        codebook: float32 [n] or [G, n], finite.
         grid: "bfloat16": values that bfloat16 holds exactly. "int8": whole multiples, -127 to 127,
-            of max |entry| / 127. None: as they are.
+            of max |entry| / 127, the largest of each codebook. None: as they are.
 
     Raises:
         ValueError: the grid is unknown.
@@ -39,9 +40,8 @@ def project(codebook: Tensor, grid: str | None) -> Tensor:
         return codebook.to(torch.bfloat16).to(codebook.dtype)
     if grid == "int8":
         # In float64, so that the largest entry is hit exactly and rounds to itself the next time.
-        scale = codebook.double().abs().amax() / 127
-        if scale == 0:
-            return codebook.clone()
+        scale = codebook.double().abs().amax(-1, keepdim=True) / 127
+        scale.masked_fill_(scale == 0, 1)
         return ((codebook.double() / scale).round() * scale).to(codebook.dtype)
     if grid is not None:
         raise ValueError(f"grid is {grid!r}, expected one of {', '.join(map(repr, GRIDS))}")
@@ -58,6 +58,7 @@ class TrainedCodebook:
         grid: entries are held to it after each step, see `project`. The optimiser's updates add up
             in a float32 copy of the entries, so that steps smaller than the grid's are not lost.
         dense: the weight [M, ...] that was quantized, to have codes assigned anew; None without.
+        entropy_lambda: of the codebook's fit: codes are assigned anew by the same price of a bit.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class TrainedCodebook:
         gradient: str = "sum",
         grid: str | None = None,
         dense: Tensor | None = None,
+        entropy_lambda: float = 0.0,
     ) -> None:
         self.layers = list(layers)
         if grid is not None and self.parameter.dtype != torch.float32:
@@ -74,6 +76,7 @@ class TrainedCodebook:
                 "float32; train the model in float32 or leave the grid out"
             )
         self._grid = grid
+        self._entropy_lambda = entropy_lambda
         self._hook = None
         self._counts: Tensor | None = None
         if gradient == "mean" and self.parameter.requires_grad:
@@ -81,16 +84,15 @@ class TrainedCodebook:
             self._hook = self.parameter.register_hook(lambda g: g / self._counts.to(g))
         self._offsets: Tensor | None = None
         if dense is not None:
-            codes, entries = self._codes(), self.parameter.detach().float()
             # In the order of the codes: by rows, columns rising.
             kept = dense.detach()[dense.detach() != 0].float()
-            self._offsets = kept - entries.index_select(0, codes)
+            self._offsets = kept - self._rounded()
         self._exact = self.parameter.detach().clone() if grid else None
         self._hold()
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The codebook, [2^bits]."""
+        """The codebook, [2^bits], or [G, 2^bits] of a layer with several."""
         return self.layers[0].codebook
 
     def values(self) -> Tensor:
@@ -101,7 +103,7 @@ class TrainedCodebook:
         """
         if self._offsets is None:
             raise ValueError("codes are not assigned anew here: there are no offsets to add")
-        return self.parameter.detach().float().index_select(0, self._codes()) + self._offsets
+        return self._rounded() + self._offsets
 
     @torch.no_grad()
     def step(self, reassign: bool = False) -> None:
@@ -141,21 +143,31 @@ class TrainedCodebook:
 
     @torch.no_grad()
     def _reassign(self) -> None:
-        values, entries = self.values(), self.parameter.detach().float()
-        codes, _, _ = ops.kmeans_assign(values, entries)
-        self._offsets = values - entries.index_select(0, codes.int())
-        old = self.layers[0].weight
-        row_ptr, col_ind, _ = old.to_csr()
+        values, old = self.values(), self.layers[0].weight
+        row_ptr, col_ind, codes = old.to_csr()
+        entries = self.parameter.detach().float()
+        books = entries.view(-1, entries.shape[-1])
+        # Codes lie row by row, so those of a group of rows lie side by side.
+        ends = [*row_ptr[: -1 : max(old.group_size, 1)].tolist(), old.nnz]
+        sizes = [end - start for start, end in pairwise(ends)] or [0]
+        parts = zip(values.split(sizes), books, codes.split(sizes), strict=True)
+        codes = torch.cat(
+            [quantize.assign_anew(*part, entropy_lambda=self._entropy_lambda) for part in parts]
+        )
         new = QuantSparseWeight.from_csr(row_ptr, col_ind, codes, entries, old.shape, old.bits)
         new.codebook = self.parameter
         for layer in self.layers:
             layer.weight = new
+        self._offsets = values - self._rounded()
         if self._counts is not None:
             self._count()
 
-    def _codes(self) -> Tensor:
-        return self.layers[0].weight.to_csr()[2].int()
+    def _rounded(self) -> Tensor:
+        """The entry of each kept weight, float32 [nnz] in CSR order."""
+        entries = self.parameter.detach().float().flatten()
+        return entries.index_select(0, self.layers[0].weight.entry_index().int())
 
     def _count(self) -> None:
-        counts = self._codes().bincount(minlength=self.parameter.numel())
+        index = self.layers[0].weight.entry_index()
+        counts = index.bincount(minlength=self.parameter.numel()).view(self.parameter.shape)
         self._counts = counts.clamp(min=1).to(self.parameter.device)
