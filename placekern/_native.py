@@ -274,23 +274,15 @@ def device_index(tensor: Tensor) -> int:
 
 
 def device_direct(weight: Weight, source: Source, out: Output) -> None:
-    """Fills out.y for a few rows of x, in float32."""
+    """Fills out.y for a few rows of x, in float32; several codebooks: group_size % 16 == 0."""
     x = source.x
     _cuda.direct(_device_weight(weight), _dtype(x), _source(source), _output(out), _queue(x))
 
 
-def device_matmul(weight: Weight, source: Source, out: Output) -> None:
-    """Fills out.y on tensor cores."""
+def device_matmul(weight: Weight, source: Source, out: Output) -> bool:
+    """Fills out.y on tensor cores; False, where a block finds no room in shared memory."""
     x = source.x
-    _cuda.matmul(_device_weight(weight), _dtype(x), _source(source), _output(out), _queue(x))
-
-
-def device_matmul_fits(weight: Weight, source: Source, out: Output) -> bool:
-    """Whether a block of `device_matmul` finds room in shared memory."""
-    x = source.x
-    return _cuda.matmul_fits(
-        _device_weight(weight), _dtype(x), _source(source), _output(out), device_index(x)
-    )
+    return _cuda.matmul(_device_weight(weight), _dtype(x), _source(source), _output(out), _queue(x))
 
 
 def device_decode(weight: Weight, first: int, dense: Tensor) -> None:
@@ -374,7 +366,7 @@ def device_linear_backward(
 def device_codebook_gradient(
     weight: Weight, source: Source, grad_y: GradY, N: int, first: int, rows: int
 ) -> Tensor:
-    """The gradient of the codebook, float64 [2^bits], from rows first .. first + rows - 1.
+    """The gradient of one codebook, float64 [2^bits], from rows first .. first + rows - 1.
 
     source and grad_y have one dtype; products of float32 are exact to float32.
     """
@@ -423,6 +415,7 @@ def _device_weight(weight: Weight) -> Any:
         positions=weight.positions.data_ptr(),
         codes=weight.codes.data_ptr(),
         codebook=_vector(weight.codebook),
+        group_size=weight.group_size,
     )
 
 

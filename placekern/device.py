@@ -3,6 +3,7 @@
 A layer follows the number of columns it is multiplied with. Up to two: straight from the codes, in
 float32. Up to some hundred: decoded on the way to the tensor cores. More: slices of the dense
 weight are written to a bounded scratch tensor, and the dense library multiplies.
+The tensor cores' kernel knows one codebook: a weight with several takes slices in its place.
 Nothing here waits for the device.
 """
 
@@ -33,33 +34,38 @@ def linear(weight: _native.Weight, x: Tensor, bias: Tensor | None, relu: bool) -
         NotImplementedError: x is float64.
         RuntimeError: a launch failed; the message has its sizes.
     """
-    check("linear", x)
+    check("linear", x, weight, bias)
     N = x.shape[0]
-    y = x.new_empty(N, weight.M)
     way = _native.way()
     tensor_cores = has_tensor_cores(x, _tf32_matmul())
     direct_columns = _DIRECT_COLUMNS if tensor_cores else _EXACT_COLUMNS
-    direct = direct_columns >= N
-    if way != "decode" and (direct or (way == "direct" and not tensor_cores)):
-        source = rows_of(x)
-        out = _output_rows(weight, y, bias, relu, _direct_splits(weight, x))
-        _native.device_direct(weight, source, out)
-        return y
+    few = direct_columns >= N
+    one = weight.codebooks == 1
+    tensor_cores = tensor_cores and one
+    # A block of `direct` has one codebook for its 16 rows.
+    aligned = one or weight.group_size % device_packing.UNIT_ROWS == 0
+    if way != "decode" and aligned and (few or (way == "direct" and not tensor_cores)):
+        out = _output_rows(weight, x, bias, relu, _direct_splits(weight, x))
+        _native.device_direct(weight, rows_of(x), out)
+        return out.y
     if way != "decode" and tensor_cores and (N <= _MATMUL_COLUMNS or way == "direct"):
-        source = rows_of(x)
-        out = _output_rows(weight, y, bias, relu, _matmul_splits(weight, x, N))
-        if _native.device_matmul_fits(weight, source, out):
-            _native.device_matmul(weight, source, out)
-            return y
+        out = _output_rows(weight, x, bias, relu, _matmul_splits(weight, x, N))
+        if _native.device_matmul(weight, rows_of(x), out):
+            return out.y
+    y = _linear_by_slices(weight, x, bias)
+    return y.relu_() if relu else y
+
+
+def _linear_by_slices(weight: _native.Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    y = None
     for first, dense in slices(weight, x):
         part = slice(first, first + dense.shape[0])
-        offset = None if bias is None else bias[part].to(x.dtype)
-        result = F.linear(x, dense, offset)
+        result = F.linear(x, dense, None if bias is None else bias[part].to(x.dtype))
         if dense.shape[0] == weight.M:
-            y = result
-        else:
-            y[:, part] = result
-    return y.relu_() if relu else y
+            return result
+        y = x.new_empty(x.shape[0], weight.M) if y is None else y
+        y[:, part] = result
+    return x.new_empty(x.shape[0], 0) if y is None else y
 
 
 def conv2d(
@@ -89,18 +95,17 @@ def conv2d(
         NotImplementedError: x is float64.
         RuntimeError: a launch failed; the message has its sizes.
     """
-    check("conv2d", x)
+    check("conv2d", x, weight, bias)
     way = _native.way()
     N = shape["batch"] * shape["out_height"] * shape["out_width"]
     small = N <= _MATMUL_PIXELS or way == "direct"
-    tensor_cores = has_tensor_cores(x, _tf32_conv())
+    tensor_cores = has_tensor_cores(x, _tf32_conv()) and weight.codebooks == 1
     if way != "decode" and small and shape["groups"] == 1 and tensor_cores and addressable(x):
         source = _native.Source(x, shape=shape)
         splits = _matmul_splits(weight, x, N)
         while splits <= _steps(weight):
             out = _output_image(weight, shape, y, bias, relu, splits)
-            if _native.device_matmul_fits(weight, source, out):
-                _native.device_matmul(weight, source, out)
+            if _native.device_matmul(weight, source, out):
                 return y
             splits *= 2
     y = _conv2d_by_slices(weight, shape, padding, x, bias, y)
@@ -172,15 +177,21 @@ def slices(weight: _native.Weight, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield first, dense
 
 
-def check(op: str, x: Tensor) -> None:
+def check(
+    op: str, x: Tensor, weight: _native.Weight | None = None, bias: Tensor | None = None
+) -> None:
     """Refuses what no CUDA kernel computes.
 
     Raises:
-        NotImplementedError: x is float64.
+        NotImplementedError: x, the codebook or the bias is float64.
         RuntimeError: placekern was built without CUDA.
     """
-    if x.dtype == torch.float64:
-        raise NotImplementedError(f"{op}: float64 runs on the CPU only; use float32 on CUDA")
+    codebook = None if weight is None else weight.codebook
+    for name, tensor in (("x", x), ("the codebook", codebook), ("the bias", bias)):
+        if tensor is not None and tensor.dtype == torch.float64:
+            raise NotImplementedError(
+                f"{op}: {name} is float64, which runs on the CPU only; use float32 on CUDA"
+            )
     if not _native.has_cuda():
         raise RuntimeError(
             f"{op} on a CUDA device, but placekern was built without CUDA; "
@@ -225,9 +236,10 @@ def addressable(x: Tensor) -> bool:
 
 
 def _output_rows(
-    weight: _native.Weight, y: Tensor, bias: Tensor | None, relu: bool, splits: int
+    weight: _native.Weight, x: Tensor, bias: Tensor | None, relu: bool, splits: int
 ) -> _native.Output:
-    N = y.shape[0]
+    N = x.shape[0]
+    y = x.new_empty(N, weight.M)
     partial = _partial(y, splits, N * weight.M)
     return _native.Output(
         y, _contiguous(bias), relu, weight.M, N, 1, weight.M, 0, 1, partial, splits

@@ -2,11 +2,14 @@
 
 The gradient of the codebook never passes through a dense gradient: kernels sum it by code while it
 is in registers. With some tens of rows of x, one kernel decodes each tile once for both gradients;
-beyond, or in float32, the gradient of x comes from the dense library on decoded slices.
+beyond, in float32, or with several codebooks, the gradient of x comes from the dense library on
+decoded slices. Each codebook's gradient is a launch of its own, which is not tuned for many.
 Nothing here waits for the device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,7 @@ _FUSED_ROWS = 64
 def linear_backward(
     weight: _native.Weight, x: Tensor, grad_y: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x [N, K], in x's dtype, and of the codebook, float64 [2^bits].
+    """Gradients of x [N, K], in x's dtype, and of the codebooks, float64 of their shape.
 
     Args:
         weight: [M, K].
@@ -32,9 +35,10 @@ def linear_backward(
         NotImplementedError: x is float64.
         RuntimeError: a launch failed; the message has its sizes.
     """
-    device.check("linear_backward", x)
+    device.check("linear_backward", x, weight)
     N, entries = x.shape[0], 1 << weight.bits
     fused = x.dtype != torch.float32 and N <= _FUSED_ROWS and _native.way() != "decode"
+    fused = fused and weight.codebooks == 1
     if fused and (plan := _native.device_linear_backward_plan(weight, x, wanted)).warps:
         grad_x = sums = None
         if wanted[0]:
@@ -55,7 +59,11 @@ def linear_backward(
     transposed = grad_y.t().contiguous()  # it is read along the rows of x
     strides = _native.GradY(transposed, max(N, 1), 0, 1, N)
     source = device.rows_of(x)
-    return grad_x, _native.device_codebook_gradient(weight, source, strides, N, 0, weight.M)
+    parts = (
+        (codebook, _native.device_codebook_gradient(weight, source, strides, N, first, rows))
+        for _, codebook, first, rows in _runs(weight, 1)
+    )
+    return grad_x, _sums(weight, x, parts)
 
 
 def conv2d_backward(
@@ -66,7 +74,7 @@ def conv2d_backward(
     grad_y: Tensor,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x [batch, C, h, w], in x's dtype, and of the codebook, float64 [2^bits].
+    """Gradients of x [batch, C, h, w], in x's dtype, and of the codebooks, float64 of their shape.
 
     Args:
         weight: [M, C / groups * kernel_h * kernel_w].
@@ -80,7 +88,7 @@ def conv2d_backward(
         NotImplementedError: x is float64.
         RuntimeError: a launch failed; the message has its sizes.
     """
-    device.check("conv2d_backward", x)
+    device.check("conv2d_backward", x, weight)
     grad_x = _grad_image(weight, shape, padding, x, grad_y) if wanted[0] else None
     if not wanted[1]:
         return grad_x, None
@@ -94,15 +102,40 @@ def conv2d_backward(
     x, grad_y = _multipliable(x, grad_y)
     image = grad_y.contiguous()
     strides = _native.GradY(image, pixels, pixels * weight.M, 1, pixels)
-    groups = shape["groups"]
-    sums = None
-    for group in range(groups):
+
+    def part(group: int, first: int, rows: int) -> Tensor:
         channels = slice(group * shape["channels"], (group + 1) * shape["channels"])
         source = _native.Source(x[:, channels], shape=shape)
-        rows = weight.M // groups
-        part = _native.device_codebook_gradient(weight, source, strides, N, group * rows, rows)
-        sums = part if sums is None else sums + part
-    return grad_x, sums
+        return _native.device_codebook_gradient(weight, source, strides, N, first, rows)
+
+    runs = _runs(weight, shape["groups"])
+    parts = ((codebook, part(group, first, rows)) for group, codebook, first, rows in runs)
+    return grad_x, _sums(weight, x, parts)
+
+
+def _runs(weight: _native.Weight, groups: int) -> Iterator[tuple[int, int, int, int]]:
+    """Runs of rows with one group of the convolution and one codebook.
+
+    Yields:
+        group, codebook, first row, rows.
+    """
+    per_group, per_codebook = weight.M // groups, weight.group_size
+    first = 0
+    while first < weight.M:
+        group, codebook = first // per_group, first // per_codebook
+        end = min((group + 1) * per_group, (codebook + 1) * per_codebook, weight.M)
+        yield group, codebook, first, end - first
+        first = end
+
+
+def _sums(weight: _native.Weight, x: Tensor, parts: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """The gradient of the codebooks, float64 of their shape, from parts (codebook, [2^bits])."""
+    sums: dict[int, Tensor] = {}
+    for codebook, part in parts:
+        sums[codebook] = sums[codebook] + part if codebook in sums else part
+    if not sums:
+        return x.new_zeros(weight.codebook.shape, dtype=torch.float64)
+    return torch.stack(list(sums.values())).view(weight.codebook.shape)
 
 
 def _multipliable(x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:

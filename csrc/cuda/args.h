@@ -39,14 +39,22 @@ constexpr int kUnitRows = 16;     // a unit of the dense layout: what a warp dec
 constexpr int kUnitColumns = 64;  // and four (TF32: eight) steps of a tensor core
 constexpr int kPairsWindow = 248;
 
-// A weight [M, K] in device memory; a non-zero's value is codebook[code].
+// A weight [M, K] in device memory. Each group of `group_size` rows, the last perhaps of fewer, has
+// a codebook, and a non-zero's value is codebook[row / group_size][code].
 struct DeviceWeight {
     int64_t M, K;
     int bits;  // of a code, 1 to 8
     Layout layout;
     const uint8_t* positions;
     const uint8_t* codes;
-    Vector codebook;  // [2^bits]
+    Vector codebook;     // [codebooks, 2^bits]
+    int64_t group_size;  // rows that share a codebook; M when there is one
+
+    PK_HOST_DEVICE bool one_codebook() const { return group_size >= M; }
+    // Where the codebook of a row starts, in entries.
+    PK_HOST_DEVICE int64_t first_entry(int64_t row) const {
+        return one_codebook() ? 0 : row / group_size << bits;
+    }
 
     // The width a code takes in the dense layout, and so the size of the lookup table.
     PK_HOST_DEVICE int width() const { return bits <= 5 ? 5 : 8; }
@@ -94,7 +102,8 @@ struct Output {
     float* partial;  // when splits > 1: [splits, N, M], or [splits, M, N] where pixels lie together
 };
 
-// y = W X for a few columns, float32 throughout; the source is rows.
+// y = W X for a few columns, float32 throughout; the source is rows. group_size is a multiple of 16
+// where there are several codebooks.
 struct DirectArgs {
     DeviceWeight weight;
     Dtype dtype;  // of x
@@ -102,7 +111,8 @@ struct DirectArgs {
     Output out;
 };
 
-// y = W X on tensor cores: float16 and bfloat16 as they are, float32 rounded to TF32.
+// y = W X on tensor cores: float16 and bfloat16 as they are, float32 rounded to TF32. One codebook
+// only.
 struct MatmulArgs {
     DeviceWeight weight;
     Dtype dtype;  // of x

@@ -49,17 +49,18 @@ PYBIND11_MODULE(_cuda, m) {
             [](uintptr_t data, Dtype dtype) { return VectorOut{address<void>(data), dtype}; }));
     py::class_<DeviceWeight>(m, "Weight", py::module_local())
         .def(py::init([](int64_t M, int64_t K, int bits, int layout, uintptr_t positions,
-                         uintptr_t codes, const Vector& codebook) {
+                         uintptr_t codes, const Vector& codebook, int64_t group_size) {
                  return DeviceWeight{M,
                                      K,
                                      bits,
                                      static_cast<Layout>(layout),
                                      address<const uint8_t>(positions),
                                      address<const uint8_t>(codes),
-                                     codebook};
+                                     codebook,
+                                     group_size};
              }),
              py::kw_only(), py::arg("M"), py::arg("K"), py::arg("bits"), py::arg("layout"),
-             py::arg("positions"), py::arg("codes"), py::arg("codebook"));
+             py::arg("positions"), py::arg("codes"), py::arg("codebook"), py::arg("group_size"));
     py::class_<Output>(m, "Output", py::module_local())
         .def(py::init([](const VectorOut& y, const Vector& bias, bool relu, int64_t M, int64_t N,
                          int64_t pixels, int64_t image_stride, int64_t pixel_stride,
@@ -104,11 +105,8 @@ PYBIND11_MODULE(_cuda, m) {
     m.def(
         "matmul",
         [](const DeviceWeight& weight, Dtype dtype, const Source& source, const Output& out,
-           const Queue& queue) { matmul({weight, dtype, source, out}, queue); },
+           const Queue& queue) { return matmul({weight, dtype, source, out}, queue); },
         Released());
-    m.def("matmul_fits",
-          [](const DeviceWeight& weight, Dtype dtype, const Source& source, const Output& out,
-             int device) { return matmul_fits({weight, dtype, source, out}, device); });
     m.def(
         "decode",
         [](const DeviceWeight& weight, int64_t first, int64_t rows, const VectorOut& dense,

@@ -25,7 +25,7 @@ struct CodebookGradientCall {
     DeviceWeight weight;
     Dtype dtype;  // of x and grad_y; products of float32 are exact to float32
     CodebookGradientPlan plan;
-    int64_t first, rows;  // all rows, or those of a group
+    int64_t first, rows;  // all rows, or those that share a codebook and a group; any `first`
     int64_t N;
     Source source;  // X [K, N]
     GradYSource grad_y;

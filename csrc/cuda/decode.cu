@@ -1,4 +1,7 @@
 // Writes rows of a weight out as a dense matrix. What limits it: the bytes that it writes.
+//
+// With several codebooks rows of a unit may have different ones, so values are read from global
+// memory, through the caches, and not from a table in shared memory. That is not tuned.
 #include "ops.h"
 #include "table.cuh"
 
@@ -21,13 +24,15 @@ __device__ __forceinline__ uint4 vector_of(const float* value, T) {
 }
 
 // A warp has a unit. Where rows start on 16 bytes, a lane writes its 16 columns by whole vectors.
-template <int kWidth, class T>
+template <int kWidth, bool kOneCodebook, class T>
 __global__ void __launch_bounds__(kWarps* kWarp) decode_dense(DecodeArgs args) {
     const DeviceWeight& weight = args.weight;
     auto* const entries = reinterpret_cast<uint32_t*>(placekern_shared);
     const int zero = zero_code(weight);
-    Table<kWidth>::fill(entries, weight, zero, ExactBits());
-    __syncthreads();
+    if constexpr (kOneCodebook) {
+        Table<kWidth>::fill(entries, weight, zero, ExactBits());
+        __syncthreads();
+    }
     const int lane = threadIdx.x % kWarp;
     const int64_t units = weight.units();
     const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -35,13 +40,24 @@ __global__ void __launch_bounds__(kWarps* kWarp) decode_dense(DecodeArgs args) {
     if (unit >= units) return;
     const auto codes =
         load_codes<kWidth>(weight.codes + (block * units + unit) * kUnitBytes<kWidth>, lane);
-    const auto table = Table<kWidth>::of(entries, lane);
     float value[kUnitCodes];
+    if constexpr (kOneCodebook) {
+        const auto table = Table<kWidth>::of(entries, lane);
 #pragma unroll
-    for (int j = 0; j < kUnitCodes; ++j) value[j] = __uint_as_float(table.of(codes, j));
+        for (int j = 0; j < kUnitCodes; ++j) value[j] = __uint_as_float(table.of(codes, j));
+    } else {
+        const int64_t row = block * kUnitRows + lane / 4;
+        const int64_t first[2] = {weight.first_entry(row), weight.first_entry(row + 8)};
+#pragma unroll
+        for (int j = 0; j < kUnitCodes; ++j) {
+            const int code = static_cast<int>(codes[j]);
+            value[j] = code == zero ? 0.0f : read(weight.codebook, first[j / 16] + code);
+        }
+    }
     if (has_escapes(weight)) {
-        const float escape = read(weight.codebook, zero);
         for_escapes(weight, block * units + unit, [&](int row, int column) {
+            const int64_t first = kOneCodebook ? 0 : weight.first_entry(block * kUnitRows + row);
+            const float escape = read(weight.codebook, first + zero);
             const int own = owner_of(row, column) == lane ? element_of(row, column) : -1;
 #pragma unroll
             for (int j = 0; j < kUnitCodes; ++j) value[j] = j == own ? escape : value[j];
@@ -74,6 +90,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) decode_pairs(DecodeArgs args) {
     const DeviceWeight& weight = args.weight;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
     if (row >= args.rows) return;
+    const int64_t first_entry = weight.first_entry(args.first + row);
     const int end = weight.chunk_ptr()[args.first + row + 1];
     for (int c = weight.chunk_ptr()[args.first + row] + threadIdx.x % kWarp; c < end; c += kWarp) {
         const uint4 chunk = __ldcs(reinterpret_cast<const uint4*>(weight.codes) + c);
@@ -83,7 +100,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) decode_pairs(DecodeArgs args) {
             const int place = chunk_byte(chunk, j);
             if (place < kPairsWindow)
                 write(args.dense, first + place,
-                      read(weight.codebook, chunk_byte(chunk, kChunk + j)));
+                      read(weight.codebook, first_entry + chunk_byte(chunk, kChunk + j)));
         }
     }
 }
@@ -94,8 +111,11 @@ void launch_dense(const DecodeArgs& args, const Queue& queue) {
     const dim3 grid(static_cast<unsigned>((weight.units() + kWarps - 1) / kWarps),
                     static_cast<unsigned>((args.rows + kUnitRows - 1) / kUnitRows));
     with_type(args.dense.dtype, [&](auto type) {
-        launch(queue, decode_dense<kWidth, decltype(type)>, grid, kWarps * kWarp,
-               Table<kWidth>::kBytes, args, "decode, rows = ", args.rows, ", K = ", weight.K);
+        using T = decltype(type);
+        const bool one = weight.one_codebook();
+        launch(queue, one ? decode_dense<kWidth, true, T> : decode_dense<kWidth, false, T>, grid,
+               kWarps * kWarp, one ? Table<kWidth>::kBytes : 0, args, "decode, rows = ", args.rows,
+               ", K = ", weight.K);
     });
 }
 

@@ -6,6 +6,9 @@
 // The lookup is one wavefront of shared memory for 32 positions (table.cuh), so neither the table
 // nor the arithmetic is the bottleneck, if enough loads are in flight: each warp keeps the next
 // unit, or four chunks a lane, on their way while it works on the last.
+//
+// With several codebooks a block has 16 rows of one of them, and fills its table from that. Nothing
+// is tuned for it: small codebooks are read again by every block of their group.
 #include "ops.h"
 #include "output.cuh"
 #include "table.cuh"
@@ -76,7 +79,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) direct_dense(DirectArgs args
     }
     const int zero = zero_code(weight);
     const bool escapes = has_escapes(weight);
-    Codebook::fill(shared, weight, zero, ExactBits());
+    const int64_t first_entry = weight.first_entry(int64_t{blockIdx.x} * kUnitRows);
+    Codebook::fill(shared, weight, zero, ExactBits(), first_entry);
     __syncthreads();
     const Codebook table = Codebook::of(shared, lane);
 
@@ -97,7 +101,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) direct_dense(DirectArgs args
         if (escapes) {
             for_escapes(weight, blockIdx.x * units + unit, [&](int row, int column) {
                 if (owner_of(row, column) != lane) return;
-                const float value = read(weight.codebook, zero);
+                const float value = read(weight.codebook, first_entry + zero);
 #pragma unroll
                 for (int n = 0; n < kN; ++n) {
                     const float term = value * to_float(rows[n][unit * kUnitColumns + column]);
@@ -150,7 +154,8 @@ __global__ void __launch_bounds__(2 * kWarps * kWarp) direct_pairs(DirectArgs ar
         rows[n] =
             static_cast<const T*>(args.source.x) + min(n0 + n, args.out.N - 1) * args.source.stride;
 
-    Codebook::fill(shared, weight, -1, ExactBits());
+    Codebook::fill(shared, weight, -1, ExactBits(),
+                   weight.first_entry(static_cast<int64_t>(blockIdx.x) * warps));
     if constexpr (kSharedX) {
         // Eight or four elements at a time; a window of 248 is a multiple of both.
         constexpr int kVector = sizeof(uint4) / sizeof(T);
@@ -246,6 +251,9 @@ void launch_direct(const DirectArgs& args, const Queue& queue) {
 
 void direct(const DirectArgs& args, const Queue& queue) {
     if (args.out.N == 0 || args.out.M == 0) return;
+    PK_CHECK(args.weight.one_codebook() || args.weight.group_size % kUnitRows == 0,
+             "direct: group_size is ", args.weight.group_size, ", expected a multiple of ",
+             kUnitRows, "; decode the weight instead");
     with_type(args.dtype, [&](auto type) {
         using T = decltype(type);
         if (args.weight.width() == 5)

@@ -277,6 +277,8 @@ int64_t strips(const DeviceWeight& weight, int warps) {
 
 LinearBackwardPlan linear_backward_plan(const DeviceWeight& weight, Dtype dtype, int64_t N,
                                         bool grad_x, bool grad_codebook, int device) {
+    PK_CHECK(weight.one_codebook(), "linear_backward: group_size is ", weight.group_size,
+             " of M = ", weight.M, ", expected one codebook; use codebook_gradient");
     PK_CHECK(dtype != Dtype::kFloat32,
              "linear_backward: x is float32, expected float16 or bfloat16; use codebook_gradient");
     LinearBackwardPlan plan = {};

@@ -352,14 +352,13 @@ int fitting_tiles(const MatmulArgs& args, int device) {
 
 }  // namespace
 
-bool matmul_fits(const MatmulArgs& args, int device) { return fitting_tiles(args, device) > 0; }
-
-void matmul(const MatmulArgs& args, const Queue& queue) {
+bool matmul(const MatmulArgs& args, const Queue& queue) {
     const Output& out = args.out;
-    if (out.N == 0 || out.M == 0) return;
+    PK_CHECK(args.weight.one_codebook(), "matmul: group_size is ", args.weight.group_size,
+             " of M = ", args.weight.M, ", expected one codebook; decode the weight instead");
+    if (out.N == 0 || out.M == 0) return true;
     const int tiles = fitting_tiles(args, queue.device);
-    PK_CHECK(tiles > 0, "matmul: K = ", args.weight.K, " in ", out.splits,
-             " splits does not fit into shared memory; use more splits");
+    if (tiles == 0) return false;
     with_kernel(args, tiles, [&](auto kernel, int rows, size_t shared) {
         const dim3 grid(static_cast<unsigned>((out.M + rows - 1) / rows),
                         static_cast<unsigned>((out.N + 8 * tiles - 1) / (8 * tiles)),
@@ -368,6 +367,7 @@ void matmul(const MatmulArgs& args, const Queue& queue) {
                ", K = ", args.weight.K, ", N = ", out.N);
     });
     finish(out, queue);
+    return true;
 }
 
 }  // namespace placekern::cuda

@@ -19,11 +19,9 @@ Properties properties(int device);
 
 void direct(const DirectArgs& args, const Queue& queue);
 
-// Needs compute capability 8.0; 7.5 for float16.
-void matmul(const MatmulArgs& args, const Queue& queue);
-
-// Whether the tiles of a product fit into the shared memory of a device.
-bool matmul_fits(const MatmulArgs& args, int device);
+// Needs compute capability 8.0; 7.5 for float16. False, and nothing is computed, where no tile of
+// the product fits into shared memory; more splits of an image make them smaller.
+bool matmul(const MatmulArgs& args, const Queue& queue);
 
 void decode(const DecodeArgs& args, const Queue& queue);
 

@@ -37,14 +37,16 @@ struct Table {
         return *reinterpret_cast<const uint32_t*>(entries + (offset | copy));
     }
 
-    // Fills kBytes of shared memory with bits(value) of each entry, 0 for code `zero` and behind
-    // the codebook; by all threads of a block. The caller synchronises.
+    // Fills kBytes of shared memory with bits(value) of each entry of the codebook that starts at
+    // `first`, 0 for code `zero` and behind the codebook; by all threads of a block. The caller
+    // synchronises.
     template <class F>
-    __device__ static void fill(uint32_t* shared, const DeviceWeight& weight, int zero, F bits) {
+    __device__ static void fill(uint32_t* shared, const DeviceWeight& weight, int zero, F bits,
+                                int64_t first = 0) {
         for (int i = threadIdx.x; i < kEntries * kCopies; i += blockDim.x) {
             const int code = i / kCopies;
             const bool real = code < 1 << weight.bits && code != zero;
-            shared[i] = bits(real ? read(weight.codebook, code) : 0.0f);
+            shared[i] = bits(real ? read(weight.codebook, first + code) : 0.0f);
         }
     }
 
