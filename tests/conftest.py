@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,7 +16,11 @@ from torch import Tensor
 
 import placekern as pk
 from placekern import QuantSparseWeight, _native
+from placekern.io import architectures
 from placekern.packing import Layout
+
+if TYPE_CHECKING:
+    from io_files import Network
 
 # One thread unless a test asks for more: on a busy machine, threads that wait for each other spin,
 # and tests of small layers take thirty times as long.
@@ -109,7 +114,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         yield Gpu("cuda")
         return
     variant = os.environ.get("PLACEKERN_EMULATION", "plain")
-    monkeypatch.setattr(_native, "_cuda", cuda_emulation.load(variant))
+    monkeypatch.setattr(_native.cuda, "_cuda", cuda_emulation.load(variant))
     _native.device_properties.cache_clear()
     yield Gpu("cpu")
     _native.device_properties.cache_clear()
@@ -120,6 +125,22 @@ def any_way() -> Iterator[None]:
     """Lets a test force a way to compute."""
     yield
     _native.force_way("auto")
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Network:
+    """The compressed network of the tests of files, with an architecture that `load` can build."""
+    import io_files
+
+    monkeypatch.setattr(architectures, "_BUILDERS", dict(architectures._BUILDERS))
+    architectures.register_architecture("network", io_files.Network)
+    return io_files.compressed_network()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Of a file that is not there yet."""
+    return tmp_path / "model.safetensors"
 
 
 @pytest.fixture(scope="session")

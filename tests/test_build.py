@@ -202,7 +202,7 @@ def test_setup_configures_what_was_asked_for(
 # ---- what was built ----
 
 
-CPU = Path(_native._cpu.__file__)
+CPU = Path(_native.cpu._cpu.__file__)
 CUDA = next(
     (
         path

@@ -41,7 +41,7 @@ from cuda_emulation import build
 from helpers import random_weight
 from placekern import _native, device, ops
 from placekern.packing import Layout
-_native._cuda = build.load("thread")
+_native.cuda._cuda = build.load("thread")
 torch.manual_seed(0)
 device._direct_splits = lambda *_: 1
 device._matmul_splits = lambda *_: 1

@@ -234,7 +234,7 @@ def test_float64_is_refused(gpu: Gpu) -> None:
 
 
 def test_without_the_cuda_module_an_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "_cuda", None)
+    monkeypatch.setattr(_native.cuda, "_cuda", None)
     with pytest.raises(RuntimeError, match="built without CUDA; reinstall it with PLACEKERN_CUDA"):
         device.check("linear", torch.zeros(1, 8))
 

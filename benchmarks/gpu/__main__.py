@@ -37,7 +37,7 @@ def emulate() -> None:
     sys.path.insert(0, str(machine.ROOT / "tests"))
     from cuda_emulation import build
 
-    _native._cuda = build.load("plain")
+    _native.cuda._cuda = build.load("plain")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -61,12 +61,8 @@ __global__ void __launch_bounds__(kMaxWarps<kWidth>* kWarp, kBlocksPerMultiproce
     using Table = RoundedTable<kWidth, T>;
     constexpr int kColumns = 16 * kSteps;
     const DeviceWeight& weight = call.weight;
-    const int lane = threadIdx.x % kWarp;
-    const int warp = threadIdx.x / kWarp;
-    const int64_t n0 = static_cast<int64_t>(blockIdx.z) * kColumns;
-    const uint16_t* const grad_y = static_cast<const uint16_t*>(call.grad_y) + n0 * weight.M;
+    auto [lane, warp, n0, grad_y, rows] = Part<kSteps>::of(call);
     const int64_t strip = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
-    RowBlocks rows = RowBlocks::of(call);
     if (strip >= weight.units()) rows.end = rows.first;  // has no columns, waits at the barriers
 
     GradYWalk<kSteps> grad_y_walk(grad_y, rows.first * kUnitRows, weight.M, lane);
@@ -86,10 +82,7 @@ __global__ void __launch_bounds__(kMaxWarps<kWidth>* kWarp, kBlocksPerMultiproce
     const uint32_t escape = to_bits(read(weight.codebook, zero), T());
     Table::fill(weight, zero);
     const auto bins = Bins::of(placekern_shared + Table::kBytes + warp * Bins::kBytes, lane);
-    if constexpr ((kWanted & kGradCodebook) != 0) {
-        sums.load_x(call, n0, lane, column_of);
-        bins.clear();
-    }
+    sums.begin(call, n0, lane, column_of, bins);
     __syncthreads();
 
     const auto warp_bins = Bins::of(placekern_shared + Table::kBytes + warp * Bins::kBytes, 0);
@@ -158,17 +151,12 @@ __global__ void __launch_bounds__(4 * kWarp, kBlocksPerMultiprocessor<kWidth>)
     backward_pairs(LinearBackwardCall call) {
     using Bins = CodeBins<kWidth>;
     using Tiles = PairsTiles<kWidth, T>;
-    constexpr int kColumns = 16 * kSteps;
     const DeviceWeight& weight = call.weight;
-    const int lane = threadIdx.x % kWarp;
-    const int warp = threadIdx.x / kWarp;
+    const auto [lane, warp, n0, grad_y, rows] = Part<kSteps>::of(call);
     const int warps = static_cast<int>(blockDim.x) / kWarp;
     const int parts = kWindowSlots / kUnitColumns / warps;
     const int window = static_cast<int>(blockIdx.x) / parts;
     const int unit = blockIdx.x % parts * warps + warp;
-    const int64_t n0 = static_cast<int64_t>(blockIdx.z) * kColumns;
-    const uint16_t* const grad_y = static_cast<const uint16_t*>(call.grad_y) + n0 * weight.M;
-    const RowBlocks rows = RowBlocks::of(call);
 
     // A row has 2 * warps lanes. Its chunks are found one block of rows before they are read, and
     // read one before they are scattered.
@@ -203,10 +191,7 @@ __global__ void __launch_bounds__(4 * kWarp, kBlocksPerMultiprocessor<kWidth>)
     GradY<kSteps> next = walk.next();
     Tiles::fill(weight);
     const auto bins = Bins::of(placekern_shared + Tiles::kBytes + warp * Bins::kBytes, lane);
-    if constexpr ((kWanted & kGradCodebook) != 0) {
-        sums.load_x(call, n0, lane, column_of);
-        bins.clear();
-    }
+    sums.begin(call, n0, lane, column_of, bins);
     __syncthreads();
     scatter(0);
     for (int64_t block = rows.first; block < rows.end; ++block) {

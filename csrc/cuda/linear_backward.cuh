@@ -28,6 +28,22 @@ struct RowBlocks {
     }
 };
 
+// Where a thread stands in its block, and the block's part of the work.
+template <int kSteps>
+struct Part {
+    int lane, warp;
+    int64_t n0;              // of the 16 kSteps rows of x and grad_y, the first
+    const uint16_t* grad_y;  // [M, 16 kSteps]
+    RowBlocks rows;          // of the weight
+
+    __device__ static Part of(const LinearBackwardCall& call) {
+        const int64_t n0 = static_cast<int64_t>(blockIdx.z) * (16 * kSteps);
+        return {static_cast<int>(threadIdx.x) % kWarp, static_cast<int>(threadIdx.x) / kWarp, n0,
+                static_cast<const uint16_t*>(call.grad_y) + n0 * call.weight.M,
+                RowBlocks::of(call)};
+    }
+};
+
 // 16 rows m of grad_y^T, as operands: lane 4 g + q has rows g and g + 8, and of each 4 * kSteps
 // neighbouring n.
 template <int kSteps>
@@ -83,6 +99,16 @@ struct GradYWalk {
 template <int kSteps, int kWanted, class T>
 class Strip {
   public:
+    // What the walk adds to must be there before it. The caller synchronises.
+    template <int kWidth, class F>
+    __device__ __forceinline__ void begin(const LinearBackwardCall& call, int64_t n0, int lane,
+                                          F column_of, const CodeBins<kWidth>& bins) {
+        if constexpr ((kWanted & kGradCodebook) != 0) {
+            load_x(call, n0, lane, column_of);
+            bins.clear();
+        }
+    }
+
     // Columns of slots come from `column_of`; -1: none.
     template <class F>
     __device__ __forceinline__ void load_x(const LinearBackwardCall& call, int64_t n0, int lane,
