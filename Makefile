@@ -43,7 +43,7 @@ sanitize-cpu: $(VENV)/installed
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -k "not opcheck and not gradcheck" \
-	  tests/test_conv2d.py tests/test_linear.py tests/test_kmeans_assign.py
+	  tests/test_conv2d.py tests/test_linear.py tests/test_codebook_groups_ops.py tests/test_kmeans_assign.py
 
 # The readers of files against damaged ones, for a bounded time; finds stay in build/fuzz.
 FUZZ_SECONDS ?= 60

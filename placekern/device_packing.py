@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .packing import Layout, padded, row_chunks
+from .packing import Layout, choose_layout, padded, row_chunks
 
 UNIT_ROWS = 16
 UNIT_COLUMNS = 64
@@ -53,6 +53,13 @@ def choose_device_layout(M: int, K: int, nnz: int, bits: int) -> Layout:
     # A run wastes three and a half pairs on average, where it has entries at all.
     pairs = (nnz + 3.5 * min(nnz, runs)) * 17 / 8 + runs + 4 * M
     return Layout.PAIRS if pairs < dense and K <= MAX_PAIRS_K else Layout.DENSE
+
+
+def best_layout(device_type: str, M: int, K: int, nnz: int, bits: int) -> Layout:
+    """The layout of a weight of these sizes on "cpu" or "cuda"."""
+    if device_type == "cuda":
+        return choose_device_layout(M, K, nnz, bits)
+    return choose_layout(M, K, nnz)
 
 
 def least_position_bytes(layout: int, M: int, K: int) -> int:

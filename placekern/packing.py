@@ -64,6 +64,13 @@ def padded(parts: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return np.concatenate([*parts, np.zeros(READ_PADDING, np.uint8)])
 
 
+def row_ptr_of(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Where each row's entries start, int64 [M + 1], from the mask [M, K] of kept positions."""
+    row_ptr = np.zeros(len(mask) + 1, np.int64)
+    np.cumsum(np.count_nonzero(mask, axis=1), out=row_ptr[1:])
+    return row_ptr
+
+
 def row_chunks(M: int, K: int) -> Iterator[slice]:
     """Slices of rows that hold at most about four million positions each."""
     rows = max(1, _CHUNK // max(K, 1))

@@ -191,7 +191,7 @@ class QuantSparseWeight:
         nnz = int(row_ptr[-1])
         device = codebook.device
         if layout is None:
-            layout = _best_layout(device.type, M, K, nnz, bits)
+            layout = device_packing.best_layout(device.type, M, K, nnz, bits)
         if layout in DEVICE_LAYOUTS:
             positions, packed = device_packing.pack(layout, row_ptr, col_ind, codes, M, K, bits)
         else:
@@ -248,7 +248,7 @@ class QuantSparseWeight:
                 f"weight[{bad[0]}, {bad[1]}] is {matrix[bad[0], bad[1]].item()}, "
                 "expected finite weights"
             )
-        codes = nearest(values, codebook, _row_ptr(keep.cpu().numpy()))
+        codes = nearest(values, codebook, packing.row_ptr_of(keep.cpu().numpy()))
         return cls.from_mask(keep, codes, codebook.to(weight.device))
 
     @classmethod
@@ -272,7 +272,7 @@ class QuantSparseWeight:
         code = proofs.as_numpy("codes", codes, np.uint8)
         proofs.prove_codes(code, bits)
         kept = mask.cpu().numpy()
-        row_ptr = _row_ptr(kept)
+        row_ptr = packing.row_ptr_of(kept)
         if code.shape != (row_ptr[-1],):
             raise ValueError(
                 f"codes has shape {code.shape}, but the mask keeps {row_ptr[-1]} positions"
@@ -396,7 +396,7 @@ class QuantSparseWeight:
 
     def best_layout(self, device_type: str) -> Layout:
         """The layout that a weight of these sizes has on "cpu" or "cuda"."""
-        return _best_layout(device_type, *self.shape, self.nnz, self.bits)
+        return device_packing.best_layout(device_type, *self.shape, self.nnz, self.bits)
 
     def to_layout(self, layout: Layout) -> QuantSparseWeight:
         """The same weight with its arrays in another layout, on the same device.
@@ -463,12 +463,6 @@ class QuantSparseWeight:
         )
 
 
-def _best_layout(device_type: str, M: int, K: int, nnz: int, bits: int) -> Layout:
-    if device_type == "cuda":
-        return device_packing.choose_device_layout(M, K, nnz, bits)
-    return packing.choose_layout(M, K, nnz)
-
-
 def as_matrix(weight: Tensor) -> Tensor:
     """[M, ...] as [M, K]: the dimensions after the first, of any size, become one.
 
@@ -478,10 +472,3 @@ def as_matrix(weight: Tensor) -> Tensor:
     if weight.dim() == 0:
         raise ValueError("weight has no dimensions, expected [M, ...]")
     return weight.reshape(weight.shape[0], weight.shape[1:].numel())
-
-
-def _row_ptr(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Where each row's entries start, int64 [M + 1], from the mask [M, K] of kept positions."""
-    row_ptr = np.zeros(len(mask) + 1, np.int64)
-    np.cumsum(np.count_nonzero(mask, axis=1), out=row_ptr[1:])
-    return row_ptr

@@ -13,7 +13,10 @@ import sys
 
 import build
 
-OPS = [f"tests/test_cuda_{op}.py" for op in ("linear", "conv2d", "backward", "kmeans_assign")]
+OPS = [
+    f"tests/test_cuda_{op}.py"
+    for op in ("linear", "conv2d", "backward", "codebook_groups", "kmeans_assign")
+]
 
 
 def main(kinds: list[str]) -> int:
