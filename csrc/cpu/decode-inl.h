@@ -18,13 +18,10 @@ class Decoder {
     // Every codebook is prepared for lookups once, before the threads that share it start.
     Decoder(const Weight<T>& weight, int threads)
         : w_(weight),
-          one_(weight.codebooks() == 1),
-          memory_(1, sizeof(Codebook<T>) * weight.codebooks()),
-          books_(static_cast<Codebook<T>*>(memory_.of(0))) {
-        const int64_t count = weight.codebooks();
-#pragma omp parallel for num_threads(threads) if (count > 64)
-        for (int64_t g = 0; g < count; ++g)
-            new (books_ + g) Codebook<T>(weight.codebook + (g << weight.bits), weight.bits);
+          first_(weight.codebook, weight.bits),
+          memory_(1, weight.codebooks() == 1 ? 0 : sizeof(Codebook<T>) * weight.codebooks()),
+          several_(static_cast<Codebook<T>*>(memory_.of(0))) {
+        if (several_) prepare(threads);
     }
 
     // Index of the first entry of `window` in row m: what the row pointer says plus the entries
@@ -78,7 +75,7 @@ class Decoder {
     // Values of `count` entries of row m, from a cursor on. Both buffers are longer by 64 than the
     // count.
     void values(int64_t m, int64_t entry, int count, uint8_t* codes, T* values) const {
-        const Codebook<T>& book = books_[one_ ? 0 : m / w_.group_size];
+        const Codebook<T>& book = several_ ? several_[m / w_.group_size] : first_;
         if (w_.bits == 8) {
             book.lookup(w_.codes + entry, count, values);
         } else {
@@ -135,10 +132,17 @@ class Decoder {
     }
 
   private:
+    void prepare(int threads) {
+        const int64_t count = w_.codebooks();
+#pragma omp parallel for num_threads(threads) if (count > 64)
+        for (int64_t g = 0; g < count; ++g)
+            new (several_ + g) Codebook<T>(w_.codebook + (g << w_.bits), w_.bits);
+    }
+
     const Weight<T>& w_;
-    bool one_;  // spares a division
+    Codebook<T> first_;  // at hand: the only one costs neither memory nor a division
     Scratch memory_;
-    Codebook<T>* books_;  // [codebooks]
+    Codebook<T>* several_;  // [codebooks], null when there is one
 };
 
 // How many partial sums of a gradient [codebooks, 2^bits] are kept, out of `most` pieces of work,

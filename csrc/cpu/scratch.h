@@ -1,5 +1,6 @@
 // Scratch memory for a parallel region, taken before it starts: an allocation that fails inside
-// an OpenMP region could not be thrown to the caller.
+// an OpenMP region could not be thrown to the caller. For no bytes nothing is taken, and `of` is
+// null.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +13,9 @@ class Scratch {
   public:
     Scratch(int threads, size_t bytes_per_thread)
         : stride_((bytes_per_thread + kAlignment - 1) / kAlignment * kAlignment),
-          data_(std::aligned_alloc(kAlignment, stride_ * threads + kAlignment)) {
-        if (data_ == nullptr) throw std::bad_alloc();
+          data_(stride_ == 0 ? nullptr
+                             : std::aligned_alloc(kAlignment, stride_ * threads + kAlignment)) {
+        if (data_ == nullptr && stride_ != 0) throw std::bad_alloc();
     }
     ~Scratch() { std::free(data_); }
     Scratch(const Scratch&) = delete;

@@ -29,7 +29,8 @@ class Weight(NamedTuple):
     @property
     def group_size(self) -> int:
         """Rows that share a codebook: M when there is one."""
-        return group_size_of(self.M, self.codebook.shape)
+        # Asked on every call, and mostly for one codebook.
+        return self.M if self.codebook.dim() == 1 else group_size_of(self.M, self.codebook.shape)
 
 
 def on_16_bytes(tensor: Tensor) -> bool:
