@@ -14,8 +14,9 @@ import placekern as pk
 from placekern.io import export_coreml
 
 
+@pytest.mark.parametrize("group_size", [None, 4])
 @pytest.mark.parametrize("bits", [4, 5, 8])
-def test_coremltools_makes_sparse_palettes(bits: int) -> None:
+def test_coremltools_makes_sparse_palettes(bits: int, group_size: int | None) -> None:
     ct = pytest.importorskip("coremltools")
     torch.manual_seed(bits)
     model = nn.Sequential(
@@ -26,7 +27,7 @@ def test_coremltools_makes_sparse_palettes(bits: int) -> None:
         nn.Flatten(),
         nn.Linear(32, 64),
     )
-    pk.compress_(model.eval(), pk.CompressConfig(bits=bits, sparsity=0.6))
+    pk.compress_(model.eval(), pk.CompressConfig(bits=bits, sparsity=0.6, group_size=group_size))
     x = torch.rand(1, 3, 16, 16)
     converted = ct.convert(
         torch.jit.trace(export_coreml(model), x),
@@ -36,13 +37,17 @@ def test_coremltools_makes_sparse_palettes(bits: int) -> None:
         skip_model_load=True,
     )
     (main,) = converted._mil_program.functions.values()
-    palettes = [op for op in main.operations if op.op_type == "constexpr_lut_to_sparse"]
+    found = [op for op in main.operations if op.op_type == "constexpr_lut_to_sparse"]
     layers = [layer for layer in model if hasattr(layer, "codebook")]
-    assert len(palettes) == len(layers) == 3
-    for op, layer in zip(palettes, layers, strict=True):
+    assert len(found) == len(layers) == 3
+    for op, layer in zip(found, layers, strict=True):
         mask, codes = op.indices_mask.val, op.indices_nonzero_data.val
         weight = layer.to_dense().weight.detach().numpy()
+        entries = 1 << (6 if bits == 5 else bits)
+        palettes = op.lut.val.reshape(-1, entries)
+        assert len(palettes) == layer.codebooks
+        kept = mask.astype(bool)
+        channel = np.nonzero(kept)[0]
         decoded = np.zeros_like(weight)
-        decoded[mask.astype(bool)] = op.lut.val.ravel()[codes]
+        decoded[kept] = palettes[channel // layer.group_size, codes]
         np.testing.assert_array_equal(decoded, weight)
-        assert op.lut.val.size == 1 << (6 if bits == 5 else bits)

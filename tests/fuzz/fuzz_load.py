@@ -42,6 +42,7 @@ def sound_file() -> bytes:
     torch.manual_seed(0)
     model = network()
     layers = {
+        "0": {"group_size": 2},  # several codebooks
         "2": {"bits": 5, "entropy_lambda": 0.3},  # digits and rare codes
         "4": {"sparsity": 0.95},  # gaps
     }
