@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 # A machine that holds little more than torch runs what needs none of these, and says what it skips.
-OPTIONAL = ("PIL", "faiss", "hypothesis", "rich", "scipy", "typer", "zstandard")
+OPTIONAL = ("PIL", "faiss", "hypothesis", "matplotlib", "rich", "scipy", "typer", "zstandard")
 MISSING = {name for name in OPTIONAL if find_spec(name) is None}
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 import placekern as pk
 
 from .. import _native
-from ..io import export_layers, read_header, save_deep_compression
+from ..io import export_layers, file_sizes, read_header, save_deep_compression
 from ..nn import quant_sparse_layers
 from ..vpr import (
     ImageList,
@@ -33,6 +33,7 @@ from ..vpr.index import faiss_status, search_backend
 from . import console
 from .demo import demo
 from .inputs import open_dataset, open_network
+from .sensitivity import sensitivity, suggest
 from .settings import (
     Bits,
     Config,
@@ -56,6 +57,8 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(train)
+app.command()(sensitivity)
+app.command()(suggest)
 
 
 @app.command()
@@ -90,44 +93,36 @@ def inspect_file(
     file: Annotated[Path, typer.Argument(help="A .safetensors file written by placekern.")],
     as_json: Json = False,
 ) -> None:
-    """The layers of a compressed file: sizes, bits, density and bytes, without running it."""
-    from safetensors import safe_open
-
-    header = read_header(file)
-    with safe_open(file, framework="pt") as tensors:
-        stored = {
-            name: tensors.get_slice(name).get_shape()[0]
-            for name in tensors.keys()  # noqa: SIM118, safe_open is no mapping
-            if name.endswith((".positions", ".codes", ".rare"))
+    """Every byte of a compressed file: its layers, what they take and what they have to take."""
+    architecture = read_header(file)["architecture"]
+    with console.err.status("decoding the layers"):
+        sizes = file_sizes(file)
+    rows = [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "shape": list(layer.shape),
+            "bits": layer.bits,
+            "density": layer.nnz / (layer.shape[0] * layer.shape[1]) if 0 not in layer.shape else 0,
+            "dense_bytes": 4 * layer.shape[0] * layer.shape[1],
+            "positions_bytes": layer.positions,
+            "codes_bytes": layer.codes,
+            "codebook_bytes": layer.codebook,
+            "bias_bytes": layer.bias,
+            "entropy_bytes": layer.positions_bound + layer.codes_bound,
         }
-    rows = []
-    for layer in header["layers"]:
-        owner = layer.get("shares", layer["name"])
-        M, K = layer["shape"]
-        rows.append(
-            {
-                "name": layer["name"],
-                "kind": layer["kind"],
-                "shape": layer["shape"],
-                "bits": layer["bits"],
-                "density": layer["nnz"] / (M * K) if M * K else 0.0,
-                "dense_bytes": 4 * M * K,
-                "positions_bytes": 0 if "shares" in layer else stored[f"{owner}.positions"],
-                "codes_bytes": 0
-                if "shares" in layer
-                else stored[f"{owner}.codes"] + stored.get(f"{owner}.rare", 0),
-            }
-        )
-    total = file.stat().st_size
+        for layer in sizes.layers
+    ]
     if as_json:
-        architecture = header["architecture"]
-        console.print_json({"architecture": architecture, "file_bytes": total, "layers": rows})
+        rest = {f"{name}_bytes": getattr(sizes, name) for name in ("other", "header", "padding")}
+        values = {"architecture": architecture, "file_bytes": sizes.total, "layers": rows}
+        console.print_json(values | rest)
         return
-    name = (header["architecture"] or {}).get("name", "unnamed architecture")
-    title = f"{file.name}: {name}, {console.size(total)}"
+    name = (architecture or {}).get("name", "unnamed architecture")
+    title = f"{file.name}: {name}, {console.size(sizes.total)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
-    for heading in ("M x K", "bits", "density", "float32", "positions", "codes"):
+    for heading in ("M x K", "bits", "density", "float32", "positions", "codes", "entropy"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -138,7 +133,18 @@ def inspect_file(
             console.size(row["dense_bytes"]),
             console.size(row["positions_bytes"]),
             console.size(row["codes_bytes"]),
+            console.size(row["entropy_bytes"]),
         )
+    table.caption = ", ".join(
+        f"{label} {console.size(count)}"
+        for label, count in (
+            ("Codebooks", sizes.codebooks),
+            ("biases", sizes.biases),
+            ("other tensors", sizes.other),
+            ("header", sizes.header + sizes.padding),
+        )
+    )
+    table.caption_justify = "left"
     console.out.print(table)
 
 
@@ -166,7 +172,11 @@ def compress(
     size: Size = None,
     as_json: Json = False,
 ) -> None:
-    """Prune and quantize a network into one file."""
+    """Prune and quantize a network into one file.
+
+    With --size the report also predicts each layer's time on this machine.
+    """
+    resize = image_size(size)
     settings = compress_config(
         config,
         bits=bits,
@@ -179,10 +189,13 @@ def compress(
     model = open_network(network, weights)
     with console.progress_bars() as progress:
         if references is not None:
-            images = ImageList(list_images(references), image_size(size))
-            fit_(model, images, progress=progress)
+            fit_(model, ImageList(list_images(references), resize), progress=progress)
+        example = None if resize is None else torch.zeros(1, 3, *resize)
         report = pk.compress_(
-            model, settings, progress=lambda _, done, total: progress("compress", done, total)
+            model,
+            settings,
+            progress=lambda _, done, total: progress("compress", done, total),
+            example=example,
         )
     written = pk.save(model, output)
     if as_json:

@@ -9,6 +9,9 @@ from .recipe import Recipe
 from .recipe_config import RecipeConfig
 from .recipe_report import RecipeLayer, RecipeReport
 from .report import CompressReport, LayerReport
+from .sensitivity import Sensitivity, sensitivity
+from .sensitivity_rows import SensitivityRow
+from .suggest import Suggestion, suggest
 from .swap import compress_
 from .train import FitRecord, FitStep, fit
 
@@ -26,9 +29,14 @@ __all__ = [
     "RecipeConfig",
     "RecipeLayer",
     "RecipeReport",
+    "Sensitivity",
+    "SensitivityRow",
+    "Suggestion",
     "compress_",
     "fit",
     "fit_kmeans",
     "fit_uniform",
     "predict",
+    "sensitivity",
+    "suggest",
 ]

@@ -1,0 +1,275 @@
+"""`placekern sensitivity` and `placekern suggest`: which layer bears what, and settings from it.
+
+The surprise: "cosine" needs neither queries nor labels. It compares the references' descriptors
+with those of the dense network, so settings are not chosen on the queries they are tested with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from ..compress.config import CompressConfig
+from ..compress.sensitivity import BITS_TRIED, Sensitivity
+from ..compress.sensitivity import sensitivity as measure
+from ..compress.suggest import MB
+from ..compress.suggest import suggest as choose
+from ..vpr import ImageList, PlaceDataset, describe, fit_, list_images, recall_at, search, whiten_
+from . import console
+from .inputs import open_dataset, open_network
+from .settings import Config, EntropyLambda, Json, Method, Size, compress_config, image_size
+
+Metric = Callable[[nn.Module], float]
+
+_NAMES = {
+    "recall": "recall@1 (share of queries)",
+    "cosine": "mean cosine to the dense descriptors",
+}
+
+_Network = Annotated[
+    str, typer.Argument(help='"<backbone>-netvlad", or a dense .safetensors of placekern.')
+]
+_Weights = Annotated[
+    Path | None,
+    typer.Option(help="Weights: .npz (SqueezeNet), .mat (NetVLAD structs), .safetensors."),
+]
+_Dataset = Annotated[
+    Path | None, typer.Option(help="Folder with query/, ref/ and ground_truth.csv.")
+]
+_Queries = Annotated[Path | None, typer.Option(help="Folder of query images.")]
+_References = Annotated[
+    Path | None, typer.Option(help="Folder of reference images; enough by itself for cosine.")
+]
+_GroundTruth = Annotated[
+    Path | None,
+    typer.Option(help='.csv "query,ref_matches"; without it, UTM in the file names counts.'),
+]
+_Distance = Annotated[float, typer.Option(help="Metres within which a match is right.")]
+_MetricName = Annotated[
+    str,
+    typer.Option(
+        help='"recall": recall@1. "cosine": mean cosine of the references\' descriptors to the '
+        "dense network's; smoother, and needs no labels."
+    ),
+]
+
+
+def sensitivity(
+    network: _Network,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for sensitivity.csv and .png. A file that is there is gone on with.",
+        ),
+    ],
+    weights: _Weights = None,
+    dataset: _Dataset = None,
+    queries: _Queries = None,
+    references: _References = None,
+    ground_truth: _GroundTruth = None,
+    distance: _Distance = 25.0,
+    metric: _MetricName = "recall",
+    bits: Annotated[
+        str, typer.Option(help='Bits to try without pruning, such as "8,5,4"; "" for none.')
+    ] = ",".join(map(str, BITS_TRIED)),
+    thresholds: Annotated[
+        str | None, typer.Option(help='Thresholds to try, such as "0.005,0.01,0.02".')
+    ] = None,
+    sparsities: Annotated[
+        str | None,
+        typer.Option(
+            help='Shares to prune, such as "0.5,0.9". Default: "0.3,0.5,0.7,0.8,0.9", or none with '
+            "--thresholds."
+        ),
+    ] = None,
+    config: Config = None,
+    method: Method = None,
+    entropy_lambda: EntropyLambda = None,
+    size: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Try each layer alone at each number of bits and each pruning, and measure the metric.
+
+    The CSV holds every result as soon as it is there: run the same command again to go on. NetVLAD
+    and the whitening are first fitted to the references where the weights bring none.
+    """
+    tried: dict[str, Any] = {
+        "bits": _numbers("--bits", bits, int),
+        "thresholds": None if thresholds is None else _numbers("--thresholds", thresholds, float),
+        "sparsities": None if sparsities is None else _numbers("--sparsities", sparsities, float),
+    }
+    how: CompressConfig = compress_config(config, method=method, entropy_lambda=entropy_lambda)
+    model, measured = _open(
+        network, weights, metric, dataset, queries, references, ground_truth, distance, size
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    table_file, picture = output / "sensitivity.csv", output / "sensitivity.png"
+    try:
+        with _one_bar("layers and settings") as progress:
+            found = measure(
+                model, measured, **tried, config=how, resume=table_file, progress=progress
+            )
+    except KeyboardInterrupt:
+        if table_file.exists():
+            console.err.print(
+                f"{table_file} is kept: run the same command again to go on", markup=False
+            )
+        raise
+    drawn = find_spec("matplotlib") is not None
+    if drawn:
+        found.plot(picture, f"{network}: each layer alone pruned or quantized", _NAMES[metric])
+    if as_json:
+        console.print_json(
+            {
+                "baseline": found.baseline,
+                "csv": str(table_file),
+                "picture": str(picture) if drawn else None,
+                "rows": [asdict(row) for row in found.rows[1:]],
+            }
+        )
+        return
+    console.out.print(found.table())
+    console.out.print(f"csv:     {table_file}")
+    if drawn:
+        console.out.print(f"picture: {picture}")
+    else:
+        console.err.print("no picture: it is drawn by matplotlib; pip install matplotlib")
+
+
+def suggest(
+    csv: Annotated[Path, typer.Argument(help="sensitivity.csv of `placekern sensitivity`.")],
+    network: _Network,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The .json to write, for compress --config.")
+    ],
+    budget_mb: Annotated[
+        float | None, typer.Option(help="Largest file, MB of 1,000,000 bytes, all of it counted.")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Largest drop of the metric; the file gets small.")
+    ] = None,
+    weights: _Weights = None,
+    dataset: _Dataset = None,
+    queries: _Queries = None,
+    references: _References = None,
+    ground_truth: _GroundTruth = None,
+    distance: _Distance = 25.0,
+    metric: _MetricName = "recall",
+    evaluations: Annotated[
+        int, typer.Option(min=1, help="Networks to measure at most, for --max-drop.")
+    ] = 8,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Do not measure the suggestion: it takes longer.")
+    ] = False,
+    size: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Choose bits and pruning of each layer for a budget of MB or of the metric's drop.
+
+    Give the same network, images and metric as to `sensitivity`: the suggestion is measured.
+    """
+    if output.suffix != ".json":
+        raise ValueError(f"-o is {output}, expected a name that ends in .json")
+    found = Sensitivity.from_csv(csv)
+    model, measured = _open(
+        network, weights, metric, dataset, queries, references, ground_truth, distance, size
+    )
+    with console.progress_bars() as progress:
+        suggestion = choose(
+            found,
+            model,
+            budget_mb=budget_mb,
+            max_drop=max_drop,
+            metric=None if predict else measured,
+            evaluations=evaluations,
+            progress=progress,
+        )
+    suggestion.save(output)
+    if as_json:
+        console.print_json(suggestion.to_dict() | {"file": str(output)})
+        return
+    console.out.print(suggestion.table())
+    console.out.print(
+        f"{output}: for placekern compress --config; the file will have "
+        f"{suggestion.file_bytes / MB:.3f} MB"
+    )
+
+
+def recall_metric(data: PlaceDataset, batch_size: int = 16) -> Metric:
+    """recall@1 of a network on a data set, 0 to 1."""
+
+    def metric(model: nn.Module) -> float:
+        references = describe(model, data.references, batch_size)
+        found = search(references, describe(model, data.queries, batch_size), 1)
+        return recall_at(found, data.positives, (1,))[1]
+
+    return metric
+
+
+def cosine_metric(model: nn.Module, images: Any, batch_size: int = 16) -> Metric:
+    """Mean cosine of a network's descriptors to those of `model`, which is described at once.
+
+    Args:
+        model: the dense network, to descriptors of unit length.
+        images: as `describe` takes them.
+        batch_size: as in `describe`.
+    """
+    dense = describe(model, images, batch_size).double()
+
+    def metric(other: nn.Module) -> float:
+        return float((describe(other, images, batch_size).double() * dense).sum(1).mean())
+
+    return metric
+
+
+def _open(
+    network: str,
+    weights: Path | None,
+    metric: str,
+    dataset: Path | None,
+    queries: Path | None,
+    references: Path | None,
+    ground_truth: Path | None,
+    distance: float,
+    size: str | None,
+) -> tuple[nn.Module, Metric]:
+    """The network, fitted where its weights leave that open, and the metric by its name."""
+    if metric not in _NAMES:
+        raise ValueError(f'--metric is "{metric}", expected recall or cosine')
+    data = None
+    if metric == "cosine" and dataset is None and queries is None and references is not None:
+        images = ImageList(list_images(references), image_size(size))
+    else:
+        data = open_dataset(dataset, queries, references, ground_truth, distance, image_size(size))
+        images = data.references
+    model = open_network(network, weights)
+    suffix = "" if weights is None else weights.suffix.lower()
+    with console.progress_bars() as progress:
+        if not network.endswith(".safetensors") and suffix in ("", ".npz"):
+            fit_(model, images, progress=progress)
+        elif suffix == ".mat" and model.whiten is None:
+            whiten_(model, images, progress=progress)
+    return model, recall_metric(data) if metric == "recall" else cosine_metric(model, images)
+
+
+def _numbers(option: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f'{option} is "{text}", expected numbers such as "8,5"') from None
+
+
+@contextmanager
+def _one_bar(label: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for all layers together."""
+    with console.progress_bars() as progress:
+        yield lambda _, done, total: progress(label, done, total)
