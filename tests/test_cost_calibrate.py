@@ -132,3 +132,23 @@ def test_the_real_calibration_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     report = predict(model, torch.zeros(1, 3, 8, 8))
     assert all(row.dense_ms > 0 and row.compressed_ms > 0 for row in report.layers)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_machine_that_was_busy_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(64, 32))
+    pk.compress_(model, {"bits": 5})
+    example = torch.zeros(1, 64)
+    assert predict(model, example).notes == ()
+
+    quiet = cost_calibrate._time
+
+    def busy(cases: Sequence[Any]) -> None:
+        quiet(cases)
+        for case in cases[::5]:
+            case.seconds *= 20
+
+    monkeypatch.setattr(cost_calibrate, "_MEASURED", {})
+    monkeypatch.setattr(cost_calibrate, "_time", busy)
+    (note,) = predict(model, example).notes
+    assert note.startswith("The machine was busy while it was measured")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SLOWER = 1.1
 """Times dense from which a layer is warned of: below, the prediction's own error decides."""
 
+_ROUGH = 0.4  # misfit of rates from which the machine was too busy to be measured
 _STEPS = 100  # densities that are tried for the break-even
 
 
@@ -215,6 +216,8 @@ def predict_layers(
     if rates is None:
         pairs = [(call, matrix) for _, matrix, calls in work for call in calls]
         rates = measured_rates(Needs.of(pairs))
+    if rates.misfit > _ROUGH:
+        notes["The machine was busy while it was measured: predict again in a new process."] = None
     rows = tuple(
         _predicted(row, matrix, calls, rates) if calls else row for row, matrix, calls in work
     )

@@ -140,11 +140,14 @@ def measured_rates(needs: Needs) -> Rates:
     if not cases and not dense:
         return known
     _time([*cases, *(case for by_size in dense.values() for _, case in by_size)])
+    misfit = known.misfit
     for family in sorted({case.family for case in cases}):
-        seconds |= _fit([case for case in cases if case.family == family])
+        rates, off = _fit([case for case in cases if case.family == family])
+        seconds |= rates
+        misfit = max(misfit, off)
     for batch, by_size in dense.items():
         dense_linear[batch] = tuple((size, case.seconds) for size, case in by_size)
-    _MEASURED[key] = Rates(*key, seconds, dense_linear)
+    _MEASURED[key] = Rates(*key, seconds, dense_linear, misfit)
     return _MEASURED[key]
 
 
@@ -261,13 +264,15 @@ def _warm_seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _fit(cases: list[_Case]) -> dict[str, float]:
-    """Seconds of one unit of each kind of work, never negative."""
+def _fit(cases: list[_Case]) -> tuple[dict[str, float], float]:
+    """Seconds of one unit of each kind of work, never negative, and the misfit; see `Rates`."""
     from scipy.optimize import nnls  # here, so that compressing needs no scipy
 
     kinds = sorted({kind for case in cases for kind in case.work})
     counts = np.array([[case.work.get(kind, 0.0) for kind in kinds] for case in cases])
     seconds = np.array([case.seconds for case in cases])
     scale = counts.max(axis=0)
-    rates, _ = nnls(counts / scale / seconds[:, None], np.ones(len(cases)))
-    return dict(zip(kinds, (rates / scale).tolist(), strict=True))
+    shares = counts / scale / seconds[:, None]
+    rates, _ = nnls(shares, np.ones(len(cases)))
+    misfit = float(np.quantile(np.abs(shares @ rates - 1), 0.9))
+    return dict(zip(kinds, (rates / scale).tolist(), strict=True)), misfit
