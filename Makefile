@@ -31,8 +31,11 @@ sanitize: sanitize-cpu sanitize-cuda
 sanitize-cuda: $(VENV)/installed
 	$(BIN)/python tests/cuda_emulation/sanitize.py address thread barriers
 
-# The op tests on a core built with AddressSanitizer and UndefinedBehaviorSanitizer, at every ISA level.
+# The op tests on a core built with AddressSanitizer and UndefinedBehaviorSanitizer, at every ISA level,
+# and damaged files, as what is loaded from them is run.
 SANITIZED := build/sanitized
+SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,conv2d linear codebook_groups_ops kmeans_assign \
+  kmeans_optimal io_damage io_random_damage))
 sanitize-cpu: $(VENV)/installed
 	rm -rf $(SANITIZED)/placekern $(SANITIZED)/tests && mkdir -p $(SANITIZED)
 	cp -r csrc placekern tests setup.py CMakeLists.txt pyproject.toml README.md $(SANITIZED)
@@ -43,7 +46,7 @@ sanitize-cpu: $(VENV)/installed
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -k "not opcheck and not gradcheck" \
-	  tests/test_conv2d.py tests/test_linear.py tests/test_codebook_groups_ops.py tests/test_kmeans_assign.py
+	  $(SANITIZED_TESTS)
 
 # The readers of files against damaged ones, for a bounded time; finds stay in build/fuzz.
 FUZZ_SECONDS ?= 60
