@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cost_models import compressed
 from torch import Tensor, nn
 
 import placekern as pk
@@ -43,25 +44,6 @@ def rates(dense_linear: float = 1e-12, isa: str = "avx512", threads: int = 1, **
     seconds = Known({kind.replace("__", " "): value for kind, value in of.items()})
     points = ((1, dense_linear), (1 << 20, dense_linear * (1 << 20)))
     return Rates(isa, threads, seconds, dict.fromkeys(range(1, 129), points))
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 20, 3, padding=1, stride=2),
-        nn.BatchNorm2d(20),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(20, 300),
-        nn.Dropout(0.5),
-        nn.Linear(300, 70, bias=False),
-    )
-
-
-def compressed(sparsity: float = 0.4) -> nn.Sequential:
-    model = network()
-    pk.compress_(model, {"bits": 5, "sparsity": sparsity})
-    return model
 
 
 # ---- counts of work ----

@@ -7,31 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from cost_models import compressed, network
 from torch import Tensor, nn
 
-import placekern as pk
 from placekern.compress import cost_trace
 from placekern.compress.cost_trace import passes
 from placekern.compress.cost_work import ConvCall, LinearCall
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 20, 3, padding=1, stride=2),
-        nn.BatchNorm2d(20),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(20, 300),
-        nn.Dropout(0.5),
-        nn.Linear(300, 70, bias=False),
-    )
-
-
-def compressed(sparsity: float = 0.4) -> nn.Sequential:
-    model = network()
-    pk.compress_(model, {"bits": 5, "sparsity": sparsity})
-    return model
 
 
 def conv_of(seen: dict[str, list[cost_trace.Passed]]) -> ConvCall:

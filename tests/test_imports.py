@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["ops"] = MAY_IMPORT["weight"] | {"_native", "weight", "device", "device_backward"}
 MAY_IMPORT["module"] = MAY_IMPORT["weight"] | {"weight"}
 MAY_IMPORT["nn"] = MAY_IMPORT["module"] | {"module", "ops"}
-MAY_IMPORT["io"] = MAY_IMPORT["nn"] | {"nn", "reference", "_version"}
+MAY_IMPORT["tables"] = set()
+MAY_IMPORT["io"] = MAY_IMPORT["nn"] | {"nn", "reference", "tables", "_version"}
 # io counts the bytes of a file; _native says at which level the kernels run.
 MAY_IMPORT["compress"] = MAY_IMPORT["io"] | {"io", "_native"}
 MAY_IMPORT["vpr"] = MAY_IMPORT["compress"] | {"compress"}

@@ -7,7 +7,6 @@ are. Nothing is predicted for GPUs: nothing has been measured there.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from ..nn import QuantSparseLinear, QuantSparseModule, quant_sparse_layers
+from ..tables import as_text
 from .cost_calibrate import Needs, measured_rates
 from .cost_trace import Example, Passed, passes
 from .cost_work import Call, LinearCall, Matrix, Rates
@@ -158,14 +158,7 @@ class CostReport:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()
-        console = Console(file=text, width=110, color_system=None, force_terminal=False)
-        console.print(self.table())
-        for line in (*self.notes, *self.warnings):
-            console.print(line, markup=False, highlight=False)
-        return text.getvalue().rstrip("\n")
+        return as_text(self.table(), *self.notes, *self.warnings)
 
 
 def predict(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..tables import as_text
 from .cost import CostReport
 
 if TYPE_CHECKING:
@@ -223,16 +223,8 @@ class CompressReport:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()
-        console = Console(file=text, width=110, color_system=None, force_terminal=False)
-        console.print(self._table(details=True))
-        if self.cost is not None:
-            console.print(self.cost.table())
-        for line in self.summary():
-            console.print(line, markup=False, highlight=False)
-        return text.getvalue().rstrip("\n")
+        times = () if self.cost is None else (self.cost.table(),)
+        return as_text(self._table(details=True), *times, *self.summary())
 
 
 def _plain(text: str) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..tables import as_text
 from .sensitivity_rows import (
     BITS,
     SETTINGS,
@@ -122,8 +122,4 @@ class Sensitivity:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()
-        Console(file=text, width=160, color_system=None, force_terminal=False).print(self.table())
-        return text.getvalue().rstrip("\n")
+        return as_text(self.table(), width=160)

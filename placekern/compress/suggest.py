@@ -8,7 +8,6 @@ harsher, until the measured drop is within it. Bytes are no prediction: the file
 from __future__ import annotations
 
 import copy
-import io
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from torch import nn
 from ..io.atomic import written_beside
 from ..io.sizes import planned_sizes
 from ..nn import COMPRESSED_KINDS
+from ..tables import as_text
 from .config import CompressConfig
 from .sensitivity import check_baseline, evaluating, number
 from .sensitivity_choices import Choice, choices, resolution
@@ -139,11 +139,7 @@ class Suggestion:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()
-        Console(file=text, width=110, color_system=None, force_terminal=False).print(self.table())
-        return text.getvalue().rstrip("\n")
+        return as_text(self.table())
 
 
 def suggest(

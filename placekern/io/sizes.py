@@ -6,7 +6,6 @@ since their offsets are numbers in it. The package is asked for that order with 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..tables import as_text
 from ..weight import QuantSparseWeight
 from . import file, stored, streams
 from .entropy import entropy_bytes
@@ -160,11 +160,7 @@ class FileSizes:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()
-        Console(file=text, width=110, color_system=None, force_terminal=False).print(self.table())
-        return text.getvalue().rstrip("\n")
+        return as_text(self.table())
 
 
 class WeightSizes(NamedTuple):
