@@ -38,6 +38,11 @@ def codebook_shape(M: int, bits: int, group_size: int | None = None) -> tuple[in
     return (groups, 1 << bits) if groups > 1 else (1 << bits,)
 
 
+def codebooks_of(shape: tuple[int, ...]) -> int:
+    """How many codebooks a shape has: one for each group of output channels."""
+    return 1 if len(shape) == 1 else shape[0]
+
+
 def group_size_of(M: int, shape: tuple[int, ...]) -> int:
     """Output channels that share a codebook, for codebooks of this shape; M when there is one."""
     return M if len(shape) == 1 else -(-M // shape[0])

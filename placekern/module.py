@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .codebook import codebook_shape, group_size_of
+from .codebook import codebook_shape, codebooks_of, group_size_of
 from .packing import DEVICE_LAYOUTS, Layout
 from .weight import QuantSparseWeight
 
@@ -49,7 +49,7 @@ class QuantSparseModule(nn.Module):
     @property
     def codebooks(self) -> int:
         """How many there are: one for each group of output channels."""
-        return 1 if self.codebook.dim() == 1 else self.codebook.shape[0]
+        return codebooks_of(self.codebook.shape)
 
     @property
     def weight(self) -> QuantSparseWeight:

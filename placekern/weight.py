@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import device_packing, packing, proofs
-from .codebook import bits_of, entry_index, group_size_of, midpoints, nearest
+from .codebook import bits_of, codebooks_of, entry_index, group_size_of, midpoints, nearest
 from .packing import DEVICE_LAYOUTS, READ_PADDING, Layout
 
 __all__ = ["Layout", "QuantSparseWeight", "as_matrix", "midpoints"]
@@ -419,7 +419,7 @@ class QuantSparseWeight:
     @property
     def codebooks(self) -> int:
         """How many there are: one for each group of output channels."""
-        return 1 if self.codebook.dim() == 1 else self.codebook.shape[0]
+        return codebooks_of(self.codebook.shape)
 
     @property
     def group_size(self) -> int:

@@ -64,6 +64,15 @@ def test_within_a_thousandth_of_the_optimum(kind: str, count: int, clusters: int
     assert found <= 1.001 * optimal_error(values, clusters)
 
 
+def test_a_value_that_most_weights_have_leaves_the_others_their_share() -> None:
+    generator = torch.Generator().manual_seed(0)
+    others = 1 + 1e-4 * torch.randn(2000, generator=generator)
+    values = torch.cat([torch.full((200_000,), 0.01), others, torch.tensor([50.0])])
+    found = squared_error(values, fit_kmeans(values, 256))
+    # The value and the outlier cost nothing, and two clusters.
+    assert found <= 1.01 * optimal_error(others, 254)
+
+
 @pytest.mark.parametrize("clusters", [32, 256])
 def test_every_trained_layer_is_within_a_thousandth_of_the_optimum(
     data_dir: Path, clusters: int

@@ -47,15 +47,17 @@ def fill(layer, density=0.5):
     codes = torch.randint(256, (int(row_ptr[-1]),), dtype=torch.uint8)
     layer.weight = QuantSparseWeight(
         (M, K), 8, row_ptr, torch.cat([mask.flatten(), padding]), torch.cat([codes, padding]),
-        torch.randn(256),
+        torch.randn(layer.codebook.shape),
     )
     return layer
 
 torch.set_num_threads(2)
 torch.manual_seed(0)
 what, backward = sys.argv[1], sys.argv[2] == "backward"
-if what == "linear":
-    small, layer = QuantSparseLinear(64, 8), QuantSparseLinear(32768, 4096, device="meta")
+if what.startswith("linear"):
+    groups = {"group_size": 1} if what == "linear, a codebook a row" else {}
+    small = QuantSparseLinear(64, 8, **groups)
+    layer = QuantSparseLinear(32768, 4096, device="meta", **groups)
     batch = (4 if backward else 1,)
     size, start = (*batch, 32768), (*batch, 64)
 else:
@@ -90,7 +92,7 @@ print(json.dumps({"rise": rise, "seen": seen, "dense": dense, "finite": bool(y.i
     reason="only Linux can set the peak back, and only glibc gives back what was freed",
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("layer", ["linear", "conv2d"])
+@pytest.mark.parametrize("layer", ["linear", "linear, a codebook a row", "conv2d"])
 def test_a_pass_adds_less_than_a_tenth_of_the_dense_weight(layer: str, direction: str) -> None:
     child = subprocess.run(
         [sys.executable, "-c", CHILD, layer, direction],

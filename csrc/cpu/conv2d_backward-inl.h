@@ -13,12 +13,12 @@ struct Conv2dBackwardScratch {
     T* bins;  // [codebooks, 2^bits, lanes]: a vector a code, so that adding needs no horizontal sum
     int64_t* cursors;  // [rows]
 
-    // `codebooks`: as many as a task's rows have at most.
-    Conv2dBackwardScratch(Carver& carver, int64_t rows, int64_t codebooks)
+    // `codes`: 2^bits of as many codebooks as a task's rows have at most.
+    Conv2dBackwardScratch(Carver& carver, int64_t rows, int64_t codes)
         : columns(carver.take<T>(kWindow * kTilePixels<T> + kColumnSlack<T>)),
           grad_columns(carver.take<T>(kWindow * kTilePixels<T>)),
           grad_y(carver.take<T>(rows * kTilePixels<T>)),
-          bins(carver.take<T>(codebooks * kMaxCodes * Vec<T>::lanes)),
+          bins(carver.take<T>(codes * Vec<T>::lanes)),
           cursors(carver.take<int64_t>(rows)) {}
 };
 
@@ -129,7 +129,7 @@ void conv2d_backward_impl(const Conv2dBackwardArgs<T>& args) {
                                              : args.shape.batch;
     const int64_t tasks = slots * groups;
     Carver measure(nullptr);
-    Conv2dBackwardScratch<T>(measure, rows, codebooks);
+    Conv2dBackwardScratch<T>(measure, rows, codes);
     const Scratch scratch(args.threads, measure.used());
     const Scratch partials(1, args.grad_codebook ? sizeof(double) * tasks * codes : 0);
     double* partial = args.grad_codebook ? static_cast<double*>(partials.of(0)) : nullptr;
@@ -138,7 +138,7 @@ void conv2d_backward_impl(const Conv2dBackwardArgs<T>& args) {
 #pragma omp parallel num_threads(args.threads)
     {
         Carver carver(scratch.of(omp_get_thread_num()));
-        const Conv2dBackwardScratch<T> s(carver, rows, codebooks);
+        const Conv2dBackwardScratch<T> s(carver, rows, codes);
         Entries<T> entries;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; ++task) {

@@ -147,11 +147,11 @@ class Decoder {
 
 // How many partial sums of a gradient [codebooks, 2^bits] are kept, out of `most` pieces of work,
 // for `copies` of it each. The number follows from the sizes alone, and so do the sums: they are
-// the same for any number of threads. One codebook has a sum for every piece; with many, their
-// memory is bounded.
+// the same for any number of threads. One codebook has a sum for every piece; with many, memory
+// is bounded, and past 8 MB of sums two threads work at a time.
 template <class T>
 int64_t partial_sums(const Weight<T>& weight, int64_t most, int64_t copies) {
-    constexpr int64_t kLeast = 16, kBytes = 16 << 20;
+    constexpr int64_t kLeast = 2, kBytes = 16 << 20;
     if (weight.codebooks() == 1) return most;
     const int64_t bytes = copies * static_cast<int64_t>(sizeof(double)) << weight.bits;
     return smaller(most, larger(kLeast, kBytes / larger(bytes, int64_t{1})));

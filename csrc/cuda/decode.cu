@@ -55,9 +55,13 @@ __global__ void __launch_bounds__(kWarps* kWarp) decode_dense(DecodeArgs args) {
         }
     }
     if (has_escapes(weight)) {
+        const float only = kOneCodebook ? read(weight.codebook, zero) : 0.0f;
         for_escapes(weight, block * units + unit, [&](int row, int column) {
-            const int64_t first = kOneCodebook ? 0 : weight.first_entry(block * kUnitRows + row);
-            const float escape = read(weight.codebook, first + zero);
+            float escape = only;
+            if constexpr (!kOneCodebook) {
+                const int64_t first = weight.first_entry(block * kUnitRows + row);
+                escape = read(weight.codebook, first + zero);
+            }
             const int own = owner_of(row, column) == lane ? element_of(row, column) : -1;
 #pragma unroll
             for (int j = 0; j < kUnitCodes; ++j) value[j] = j == own ? escape : value[j];

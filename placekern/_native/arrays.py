@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..codebook import group_size_of
+from ..codebook import codebooks_of, group_size_of
 
 
 class Weight(NamedTuple):
@@ -24,7 +24,7 @@ class Weight(NamedTuple):
     @property
     def codebooks(self) -> int:
         """How many there are: one for each group of rows."""
-        return 1 if self.codebook.dim() == 1 else self.codebook.shape[0]
+        return codebooks_of(self.codebook.shape)
 
     @property
     def group_size(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..codebook import codebook_shape, group_size_of
+from ..nn import COMPRESSED_KINDS
 from ..weight import QuantSparseWeight, as_matrix
 from . import prune, quantize
 from .kmeans_init import INITS
@@ -64,7 +65,10 @@ class CompressConfig:
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int | float)
             ):
-                raise ValueError(f"{name} is {value!r}, expected a number or None")
+                raise ValueError(
+                    f"{name} is {value!r}, expected a number or None; YAML takes 1e-3 for text, "
+                    "write 1.0e-3"
+                )
         if self.threshold is not None and self.sparsity is not None:
             raise ValueError(
                 f"threshold = {self.threshold} and sparsity = {self.sparsity} are both given; "
@@ -99,7 +103,22 @@ class CompressConfig:
                 f"layers is {self.layers!r}, expected a mapping from names to settings"
             )
         for name, setting in self.layers.items():
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"layers has the key {name!r}, expected a name; in YAML, put it in quotes"
+                )
             self._merged(name, setting)
+
+    @classmethod
+    def of(cls, config: CompressConfig | Mapping[str, Any] | None) -> CompressConfig:
+        """A config as it is, one from plain values, or for None the default.
+
+        Raises:
+            ValueError: a key is unknown or a value out of range.
+        """
+        if isinstance(config, CompressConfig):
+            return config
+        return cls() if config is None else cls.from_dict(config)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> CompressConfig:
@@ -108,6 +127,8 @@ class CompressConfig:
         Raises:
             ValueError: a key is unknown or a value out of range.
         """
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"config is {settings!r}, expected a mapping of names to settings")
         _check_keys(settings, "config")
         return cls(**settings)
 
@@ -120,6 +141,20 @@ class CompressConfig:
             ValueError: another ending, a file that does not parse, or values that do not fit.
         """
         return cls.from_dict(read_settings(path))
+
+    def check_names(self, model: nn.Module) -> None:
+        """Finds names of layers that are misspelt. A type may be absent, as one config may serve
+        many models.
+
+        Raises:
+            ValueError: an exception fits no layer of the model that could be compressed.
+        """
+        kinds = {kind.__name__ for kind in COMPRESSED_KINDS}
+        names = [name for name, m in model.named_modules() if type(m) in COMPRESSED_KINDS]
+        for key in self.layers:
+            if key in kinds or key in names or fnmatch.filter(names, key):
+                continue
+            raise ValueError(f"layers[{key!r}] fits no layer of the model; check its spelling")
 
     def for_layer(self, name: str, module: nn.Module) -> CompressConfig | None:
         """The setting of one layer, None when it stays dense."""
@@ -164,7 +199,8 @@ class CompressConfig:
         if not torch.isfinite(matrix).all():
             row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
             raise ValueError(
-                f"weight[{row}, {column}] is {matrix[row, column].item()}, expected finite weights"
+                f"weight[{row}, {column}] is {matrix[row, column].item()} in float32, expected "
+                "finite weights"
             )
         mask = self.mask(matrix)
         M = len(matrix)

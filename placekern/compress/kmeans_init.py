@@ -87,4 +87,11 @@ def _summary_edges(points: SortedPoints) -> Tensor:
         spread = np.interp(np.linspace(0, mass[-1], _SUMMARY), mass, knots).astype(np.float32)
         at = torch.cat([at, torch.from_numpy(spread).to(device)])
     ends = torch.tensor([0, n], device=device)
-    return torch.cat([points.below(at), ends]).unique()
+    edges = torch.cat([points.below(at), ends]).unique()
+    if n > 2 * _SUMMARY and len(edges) <= _SUMMARY:
+        # A few values are most of the points: the others get their share by rank.
+        distinct = points.values.unique_consecutive()
+        rank = np.linspace(0, len(distinct) - 1, _SUMMARY).astype(np.int64)
+        others = points.below(distinct[torch.from_numpy(rank).to(device)])
+        edges = torch.cat([edges, others]).unique()
+    return edges

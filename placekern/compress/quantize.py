@@ -45,7 +45,7 @@ def fit_kmeans(
     if init not in INITS:
         raise ValueError(f"init is {init!r}, expected one of {', '.join(map(repr, INITS))}")
     if values.numel() == 0:
-        return torch.zeros(clusters, device=values.device)
+        return torch.zeros(clusters, dtype=torch.float32, device=values.device)
     points = SortedPoints(values.detach().float().reshape(-1))
     return _fit(points, clusters, iterations, init, seed)
 
@@ -100,7 +100,7 @@ def fit_entropy_constrained(
     if not 0 <= entropy_lambda < float("inf"):
         raise ValueError(f"entropy_lambda is {entropy_lambda}, expected a finite number >= 0")
     if values.numel() == 0:
-        centroids = torch.zeros(clusters, device=values.device)
+        centroids = torch.zeros(clusters, dtype=torch.float32, device=values.device)
         return centroids, midpoints(centroids)
     points = SortedPoints(values.detach().float().reshape(-1))
     centroids = _fit(points, clusters, iterations, init, seed)
@@ -211,7 +211,7 @@ def fit_uniform(values: Tensor, clusters: int) -> Tensor:
     They are on the device of the values.
     """
     if values.numel() == 0:
-        return torch.zeros(clusters, device=values.device)
+        return torch.zeros(clusters, dtype=torch.float32, device=values.device)
     low, high = values.detach().float().aminmax()
     levels = np.linspace(float(low), float(high), clusters)  # float32 steps could overflow
     return torch.from_numpy(levels.astype(np.float32)).to(values.device)

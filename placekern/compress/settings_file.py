@@ -17,7 +17,6 @@ def read_settings(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         ValueError: another ending, a file that does not parse, or that holds no mapping.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         parse, broken = json.loads, json.JSONDecodeError
     elif path.suffix in (".yaml", ".yml"):
@@ -32,8 +31,8 @@ def read_settings(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     else:
         raise ValueError(f"{path} ends in {path.suffix!r}, expected .json, .yaml or .yml")
     try:
-        settings = parse(text)
-    except broken as error:
+        settings = parse(path.read_text(encoding="utf-8"))
+    except (broken, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} does not parse: {error}") from None
     if not isinstance(settings, Mapping):
         raise ValueError(f"{path} holds {type(settings).__name__}, expected a mapping of names")

@@ -121,6 +121,8 @@ def check_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None
                 f"{op}: {name} is on {tensor.device}, but x is on {device}; "
                 "move the layer or x to one device"
             )
+    if w.M < 0:
+        raise ValueError(f"{op}: the layer has no weight yet; load a state_dict or a file first")
     if w.codebook.shape != (1 << w.bits,):
         try:
             prove_groups(w.M, w.codebook, w.bits)
