@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -17,12 +18,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import placekern as pk
-from placekern.cli import app
+from placekern.cli import app, main
 from placekern.cli import demo as demo_module
+from placekern.cli.inputs import fit_what_is_missing, missing_parts
 from placekern.cli.settings import compress_config, image_size
 
 for package in ("rich", "typer", "zstandard"):  # in the processes that the tests start
     pytest.importorskip(package)
+
+app_module = importlib.import_module("placekern.cli.app")  # its name is also the application's
 
 ROOT = Path(pk.__file__).parents[1]
 
@@ -163,6 +167,87 @@ def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "config.yaml is YAML, which needs PyYAML" in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+
+
+def test_inspect_fits_80_columns_and_shows_several_codebooks(tmp_path: Path) -> None:
+    model = torch.nn.Sequential()
+    model.add_module("backbone", torch.nn.Sequential(torch.nn.Linear(3000, 4096)))
+    model.add_module("whiten", torch.nn.Linear(64, 36))
+    pk.compress_(model, pk.CompressConfig(bits=5, layers={"whiten": {"group_size": 5}}))
+    file = tmp_path / "model.safetensors"
+    pk.save(model, file)
+    table = run("inspect", file, env=os.environ | {"COLUMNS": "80"})
+    assert table.returncode == 0, table.stderr
+    assert "5 x 8: 8 codebooks of 5-bit codes" in " ".join(table.stdout.split())
+    (row,) = (line for line in table.stdout.splitlines() if line.strip().startswith("whiten"))
+    assert "36 x 64" in row
+    assert "5 x 8" in row
+    (row,) = (line for line in table.stdout.splitlines() if line.strip().startswith("backbone.0"))
+    assert "4096 x 3000" in row
+    assert all(len(line) <= 80 and "…" not in line for line in table.stdout.splitlines())
+    layers = json.loads(run("inspect", file, "--json").stdout)["layers"]
+    assert [layer["codebooks"] for layer in layers] == [1, 8]
+
+
+def test_compress_fits_only_what_the_weights_leave_open(photographs: Path) -> None:
+    references, file = photographs / "ref", photographs / "dense.safetensors"
+    images = pk.vpr.ImageList(sorted(references.iterdir()))
+    fitted = pk.vpr.fit_(pk.vpr.load("tiny-netvlad"), images)
+    pk.save(fitted, file)
+    options = ["-o", str(photographs / "x.safetensors"), "--references", str(references)]
+    result = CliRunner().invoke(app, ["compress", str(file), *options])
+    assert "is to be fitted: leave --references out" in str(result.exception)
+    assert not (photographs / "x.safetensors").exists()
+
+    # A .mat brings clusters, which stay, and here no whitening, which is fitted.
+    start = pk.vpr.build("tiny-netvlad", seed=5)
+    centroids = start.netvlad.centroids.detach().clone()
+    mat = Path("clusters.mat")
+    assert missing_parts(start, "tiny-netvlad", mat) == ("whitening",)
+    assert fit_what_is_missing(start, "tiny-netvlad", mat, images)
+    assert torch.equal(start.netvlad.centroids, centroids)
+    assert missing_parts(start, "tiny-netvlad", mat) == ()
+    weight = start.whiten.weight
+    assert not fit_what_is_missing(start, "tiny-netvlad", mat, images)
+    assert start.whiten.weight is weight
+
+
+def test_a_missing_folder_is_found_out_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_module, "open_network", None)
+    file = str(tmp_path / "no" / "x.safetensors")
+    result = CliRunner().invoke(app, ["compress", "tiny-netvlad", "-o", file])
+    assert "there is no folder" in str(result.exception)
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--help"]])
+def test_a_closed_pipe_is_no_error_to_speak_of(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "from placekern.cli import main; main()"
+    with os.fdopen(write, "wb") as closed:
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=300,
+        )
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_a_library_that_does_not_load_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise ImportError("libcudart.so: cannot open shared object file")
+
+    monkeypatch.setattr(app_module, "app", broken)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert "placekern: libcudart.so: cannot open" in capsys.readouterr().err
 
 
 class SmallCity(pk.vpr.City):

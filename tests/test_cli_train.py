@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,12 @@ from typer.testing import CliRunner, Result
 
 import placekern as pk
 from placekern.cli import app
+from placekern.compress.train import _Run
 
 for package in ("rich", "typer", "zstandard"):  # in the processes that the tests start
     pytest.importorskip(package)
+
+train_module = importlib.import_module("placekern.cli.train")  # its name is also the command's
 
 ROOT = Path(pk.__file__).parents[1]
 
@@ -205,6 +211,86 @@ def test_the_same_command_goes_on_after_a_kill_and_after_ctrl_c(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+class StoppedError(Exception):
+    """Ends a run as a kill would."""
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs the command until its checkpoint of step 2 is written."""
+
+    def run(*arguments: Any) -> None:
+        step = _Run.step
+
+        def stop(self: Any, *rest: Any) -> float:
+            if self.recipe.steps == 2:
+                raise StoppedError
+            return step(self, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_Run, "step", stop)
+            result = invoke(*arguments, "--checkpoint-every", 2)
+        assert isinstance(result.exception, StoppedError), (result.output, result.exception)
+
+    return run
+
+
+def test_a_checkpoint_knows_images_labels_and_teacher(
+    folders: Path, tmp_path: Path, stopped: Callable[..., None]
+) -> None:
+    teachers = []
+    for seed in (1, 2):
+        teacher = pk.vpr.build("tiny-netvlad", dim=4, seed=seed)
+        teachers.append(tmp_path / f"teacher{seed}.safetensors")
+        pk.save(teacher, teachers[-1])
+    other = tmp_path / "places"
+    shutil.copytree(folders / "places", other)
+    (other / "bridge" / "0.png").rename(other / "square" / "4.png")
+    flat, places = ("--images", folders / "flat"), ("--images", folders / "places")
+    for i, (first, second, message) in enumerate(
+        (
+            (flat, (*flat, "--size", "40x56"), "image = [3, 40, 56]"),
+            (flat, (*flat, "--teacher", teachers[0]), "teacher = "),
+            ((*flat, "--teacher", teachers[0]), (*flat, "--teacher", teachers[1]), "teacher = "),
+            (places, ("--images", other), "labels = "),
+        )
+    ):
+        options = ("-o", tmp_path / "x.safetensors", *SHORT, "--checkpoint", tmp_path / f"{i}.pt")
+        stopped("tiny-netvlad", *options, *first)
+        error = str(invoke("tiny-netvlad", *options, *second).exception)
+        assert "is of a run with" in error
+        assert message in error.split("but this one has")[1]
+        assert trained("tiny-netvlad", *options, *first)["resumed_at"] == 2
+
+
+def test_a_resume_fits_nothing_again(
+    folders: Path, tmp_path: Path, stopped: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, kept = tmp_path / "run.pt", tmp_path / "run.pt.fitted.safetensors"
+    options = ("tiny-netvlad", "--images", folders / "flat", *SHORT)
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    trained(*options, "-o", whole)
+    options = (*options, "-o", parts, "--checkpoint", checkpoint)
+    stopped(*options)
+    assert kept.exists()
+    before = kept.read_bytes()
+    # Another whitening is not the one that is kept, and leaves that alone.
+    assert "but this one has parameters" in str(invoke(*options, "--dim", 3).exception)
+    assert kept.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "fit_what_is_missing", None)
+        assert trained(*options)["resumed_at"] == 2
+    assert not kept.exists()
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_a_teacher_is_to_be_distilled_from(folders: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+    pk.save(pk.vpr.build("tiny-netvlad", dim=4), teacher)
+    options = ("-o", tmp_path / "x.safetensors", "--images", folders / "places", *SHORT)
+    assert trained("tiny-netvlad", *options, "--teacher", teacher)["loss"] == "distill"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -218,6 +304,7 @@ def test_the_same_command_goes_on_after_a_kill_and_after_ctrl_c(
         (["--recipe", "r.json", "--sparsity", "0.1"], "r.json leaves nothing to --sparsity: give"),
         (["--recipe", "r.json", "--config", "c.json"], "r.json leaves nothing to --config: give"),
         (["--recipe", "nowhere.json"], "nowhere.json"),
+        (["--recipe", "late.json"], "prunes and quantizes until step 9, but the run has 6 steps"),
         (["--checkpoint", "no/such/run.pt"], "there is no folder no/such to write run.pt to"),
         (["-o", "no/such/net"], "there is no folder no/such to write net to"),
         (["--images", "nowhere"], "no folder at nowhere"),
@@ -233,6 +320,8 @@ def test_errors_are_one_sentence(
 ) -> None:
     file = tmp_path / "net.safetensors"
     monkeypatch.chdir(folders)
+    monkeypatch.setattr(train_module, "fit_what_is_missing", None)  # all is found out before it
+    (folders / "late.json").write_text('{"quantize_at": 9}')
     result = invoke("tiny-netvlad", "-o", file, "--images", "flat", *SHORT, *arguments)
     assert isinstance(result.exception, (ValueError, OSError)), result.output
     assert message in str(result.exception)
@@ -249,11 +338,11 @@ def test_a_compressed_network_takes_no_recipe(folders: Path, tmp_path: Path) -> 
         ((), "is compressed already, and leaves nothing to learn from itself: give --teacher"),
         (("--bits", 5), "is compressed already, which leaves nothing to --bits"),
         (("--dense",), "is compressed already, which leaves nothing to --dense"),
-        (("--teacher", file, "--dim", 3), "this network has its own"),
+        (("--teacher", file, "--dim", 3), "is trained as it is: leave --dim out"),
     ):
         assert message in str(invoke(file, *options, *more).exception)
     assert "--weights out" in str(invoke(file, *options, "--weights", file).exception)
-    options = (*options[:2], "--images", folders / "places", "--teacher", file)
+    options = (*options[:2], "--images", folders / "places", "--teacher", file, "--loss", "places")
     assert "--teacher goes with --loss distill" in str(invoke(file, *options).exception)
 
 

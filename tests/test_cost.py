@@ -174,7 +174,24 @@ def test_constants_are_those_of_the_kernels() -> None:
     assert set(cost_work.TILE_PIXELS) >= set(pk.available_isas())
 
 
+@pytest.mark.parametrize("density", [0.01, 0.5])
+def test_no_rows_are_no_negative_work(density: float) -> None:
+    assert min(counted(LinearCall(0), Matrix(64, 100, 0, 8).at_density(density)).values()) >= 0
+
+
 # ---- times ----
+
+
+def test_a_rate_that_is_not_there_is_named() -> None:
+    model = compressed()
+    none = Rates("avx2", 1, {}, {})
+    with pytest.raises(ValueError, match="rates have no dense linear layers at batch 1; leave"):
+        predict(model, rates=none)
+    given = replace(none, dense_linear={1: ((1, 1e-6),)})
+    with pytest.raises(ValueError, match="the rates have no 'linear row'; leave `rates` out"):
+        predict(model, rates=given)
+    with pytest.raises(ValueError, match="the rates have no 'dense conv2d call'; leave"):
+        predict(model, torch.zeros(1, 3, 8, 8), rates=given)
 
 
 def test_time_is_the_sum_of_work_times_rates() -> None:
@@ -299,7 +316,7 @@ def test_a_slowdown_is_warned_of_with_the_density_that_breaks_even() -> None:
     report = one_layer(0.1, **{"linear__lookup,__5__bits": 2.02e-7})
     (row,) = report.layers
     assert row.ratio == pytest.approx(1 / 1.818)
-    assert row.break_even == pytest.approx(0.49)
+    assert row.break_even == (0.0, 0.49)
     assert report.warnings == (
         "0: 1.8x slower than dense expected at density 0.90; faster below about 0.49",
     )
@@ -324,14 +341,33 @@ def test_the_break_even_may_lie_in_the_other_layout() -> None:
     """Masks are slow here, windows are not."""
     report = one_layer(0.5, linear__position=1e-6)
     assert packing.choose_layout(100, 100, 1300) == packing.Layout.MASK
-    edge = report.layers[0].break_even
+    low, edge = report.layers[0].break_even
+    assert low == 0.0
     assert packing.choose_layout(100, 100, round(edge * 10_000)) == packing.Layout.WINDOW
     assert packing.choose_layout(100, 100, round((edge + 0.01) * 10_000)) == packing.Layout.MASK
 
 
+@pytest.mark.parametrize(
+    ("steps", "words"), [(5, "between about {} and {}"), (1, "only at about {}")]
+)
+def test_where_low_densities_are_slower_again_the_interval_is_said(steps: int, words: str) -> None:
+    """Here positions in lists are slow, and masks are fast up to a few steps above their edge."""
+    first = next(s for s in range(100) if packing.choose_layout(100, 100, 100 * s).name == "MASK")
+    last = first + steps - 1
+    lookup = 1e-3 / (100 * last + 50)
+    report = one_layer(0.1, **{"linear__lookup,__5__bits": lookup, "linear__window": 1.0})
+    low, high = first / 100, last / 100
+    assert report.layers[0].break_even == (low, high)
+    assert report.warnings[0].endswith(f"; faster {words.format(f'{low:.2g}', f'{high:.2g}')}")
+
+
 def test_the_report_as_values_and_on_paper() -> None:
     report = CostReport(
-        (LayerCost("[red]", "Conv2d", 0.93, 2, 1.0, 2.0, 0.4), LayerCost("b", "Linear", 0.5, 0)),
+        (
+            LayerCost("[red]", "Conv2d", 0.93, 2, 1.0, 2.0, (0.12, 0.4)),
+            LayerCost("b", "Linear", 0.5, 0),
+            LayerCost("c", "Linear", 0.9, 1, 1.0, 2.0, (0.0, 0.37)),
+        ),
         "avx2",
         3,
         ("A note.",),
@@ -341,6 +377,8 @@ def test_the_report_as_values_and_on_paper() -> None:
     assert values["warnings"] == list(report.warnings)
     assert CostReport.from_dict(values) == report
     text = str(report)
+    for part in ("faster at", "0.12 to 0.40", "below 0.37"):
+        assert part in text
     for part in ("[red]", "CPU at avx2, 3 threads", "A note.", report.warnings[0], "0.50", "total"):
         assert part in text
     assert max(map(len, text.splitlines())) <= 110

@@ -1,6 +1,6 @@
 """The calibration: what is measured when, and that the fit finds the rates behind given times.
 
-No test looks at a clock; one runs the real kernels, and takes whatever comes out.
+No test looks at a clock; two run the real kernels, and take whatever comes out.
 """
 
 from __future__ import annotations
@@ -132,6 +132,42 @@ def test_the_real_calibration_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     report = predict(model, torch.zeros(1, 3, 8, 8))
     assert all(row.dense_ms > 0 and row.compressed_ms > 0 for row in report.layers)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_callers_settings_of_torch_are_left_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_calibrate, "_MEASURED", {})
+    outputs: list[torch.Tensor] = []
+
+    def time(cases: Sequence[Any]) -> None:
+        for case in cases:
+            outputs.append(case.run())
+            case.seconds = 1e-6
+
+    monkeypatch.setattr(cost_calibrate, "_time", time)
+    monkeypatch.setattr(cost_calibrate, "_DENSE_SIDES", (64,))
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            measured_rates(replace(NEEDS, bits=frozenset({5})))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert len(outputs) > 60
+    assert {(y.dtype, y.device.type) for y in outputs} == {(torch.float32, "cpu")}
+
+
+def test_another_precision_of_products_is_measured_anew(unmeasured: list[int]) -> None:
+    before = torch.get_float32_matmul_precision()
+    found = {}
+    try:
+        for precision in ("highest", "medium", "highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            rates = measured_rates(NEEDS)
+            assert found.setdefault(precision, rates) is rates
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(unmeasured) == 2
 
 
 @pytest.mark.usefixtures("unmeasured")

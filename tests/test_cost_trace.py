@@ -86,6 +86,22 @@ def test_a_forward_that_holds_the_model_itself_is_run_as_it_is() -> None:
     model = nn.ModuleList([nn.Linear(4, 4)])
     model.forward = lambda x: model[0](x)
     assert passes(model, torch.ones(2, 4))["0"][0].call == LinearCall(2)
+    assert not model[0]._forward_pre_hooks
+
+
+def test_a_layer_that_is_not_reached_is_no_reason_to_compute() -> None:
+    class Second(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert type(x).__name__ == "FakeTensor"
+            return self.layers[1](x)
+
+    model = Second()
+    assert list(passes(model, torch.ones(2, 4))) == ["layers.1"]
+    assert not any(layer._forward_pre_hooks for layer in model.layers)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,66 @@ def test_the_baseline_of_a_second_pass_is_that_of_the_first(tmp_path: Path) -> N
     assert second.file_bytes == pk.save(model, tmp_path / "model.safetensors")
 
 
+def test_a_second_pass_counts_the_layers_of_the_first_as_compressed(tmp_path: Path) -> None:
+    once, twice = network(), network()
+    twice.load_state_dict(once.state_dict())
+    whole = pk.compress_(once, {"bits": 5})
+    pk.compress_(twice, {"bits": 5}, lambda module, name: isinstance(module, nn.Conv2d))
+    second = pk.compress_(twice, {"bits": 5})
+    assert [row.name for row in second.layers] == ["5", "6"]
+    assert list(second.summary()) == list(whole.summary())  # to the byte, in file and memory
+    first = whole.layers[0]
+    assert second.earlier["positions_bytes"] == first.positions_bytes > 0
+    assert second.earlier["resident_bytes"] == first.resident_bytes
+    assert recipe_report.read_report(json.loads(json.dumps(second.to_dict()))) == second
+    cells = {line.strip()[:17].rstrip(): line.split() for line in str(second).splitlines()}
+    kilo = f"{first.resident_bytes / 1000:,.1f}"
+    assert cells["compressed before"][2:4] == [kilo, kilo]
+    other = whole.resident_bytes - sum(row.resident_bytes for row in whole.layers)
+    rest = f"{other / 1000:,.1f}"
+    assert cells["other tensors"][2:4] == [rest, rest]
+    assert "compressed before" not in str(whole)
+
+
+@pytest.mark.parametrize("where", ["sizes", "cost", "progress"])
+def test_an_error_in_the_report_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*args: object) -> None:
+        raise KeyError(where)
+
+    def at_the_end(name: str, done: int, total: int) -> None:
+        if where == "progress" and done == total:
+            raise KeyError(where)
+
+    model = nn.Sequential(network(), shared())
+    layer = model[0][5]
+    model[0].again = layer  # under two names
+    before = list(model.named_modules(remove_duplicate=False))
+    name = {"sizes": "planned_sizes", "cost": "predict_layers"}.get(where)
+    if name:
+        monkeypatch.setattr(swap, name, fail)
+    monkeypatch.setattr(swap, "passes", lambda model, example: {})
+    with pytest.raises(KeyError, match=where):
+        pk.compress_(
+            model, progress=at_the_end, example=torch.zeros(1) if where == "cost" else None
+        )
+    assert list(model.named_modules(remove_duplicate=False)) == before
+
+
+def test_times_are_predicted_before_anything_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+
+    def predicted(layers: list[tuple[str, nn.Module]], seen: object) -> CostReport:
+        assert type(model[0]) is nn.Conv2d
+        assert [name for name, _ in layers] == ["0", "5", "6"]
+        return COST
+
+    monkeypatch.setattr(swap, "predict_layers", predicted)
+    assert pk.compress_(model, example=torch.zeros(1, 3, 8, 8)).cost is COST
+    assert type(model[0]) is pk.QuantSparseConv2d
+
+
 def test_a_compressed_layer_without_weights_stops_compression_before_it_begins() -> None:
     model = nn.Sequential(nn.Linear(3, 3), pk.QuantSparseLinear(3, 3, device="meta"))
     with pytest.raises(ValueError, match="1 is on the meta device and has no weights"):
@@ -129,7 +190,7 @@ def test_a_compressed_layer_without_weights_stops_compression_before_it_begins()
 
 COST = CostReport(
     (
-        LayerCost("0", "Conv2d", 0.93, 1, 1.0, 2.1, 0.4),
+        LayerCost("0", "Conv2d", 0.93, 1, 1.0, 2.1, (0.12, 0.4)),
         LayerCost("5", "Linear", 0.5, 1, 2.0, 1.0),
         LayerCost("6", "Linear", 0.5, 0),
     ),
@@ -159,12 +220,24 @@ def test_no_example_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("predicted")
 def test_warnings_are_in_the_report_and_on_paper() -> None:
     done = pk.compress_(network(), example=torch.zeros(1, 3, 8, 8))
-    warning = "0: 2.1x slower than dense expected at density 0.93; faster below about 0.4"
+    warning = (
+        "0: 2.1x slower than dense expected at density 0.93; faster between about 0.12 and 0.4"
+    )
     assert done.warnings == (warning,)
     for line in (warning, *COST.notes):
         assert line in str(done)
-    assert "3.10 ms, dense 3.00 ms (CPU at avx2, 1 thread)" in str(done)
+    assert "time of 2 of 3 layers: 3.10 ms, dense 3.00 ms (CPU at avx2, 1 thread)" in str(done)
     assert done.table().caption.plain.endswith(warning)
+
+
+def test_where_no_time_was_predicted_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = replace(COST, layers=COST.layers[2:])
+    monkeypatch.setattr(swap, "predict_layers", lambda layers, seen: cost)
+    done = pk.compress_(network(), example=torch.zeros(1, 3, 8, 8))
+    assert "Predicted time" not in "\n".join(done.summary())
+    assert cost.notes[0] in done.summary()
+    whole = replace(done, cost=replace(COST, layers=COST.layers[:2]))
+    assert "Predicted time of the layers: 3.10 ms" in "\n".join(whole.summary())
 
 
 @pytest.mark.usefixtures("predicted")
@@ -182,6 +255,7 @@ def test_plain_values_of_an_older_report_come_back() -> None:
     values = pk.compress_(network()).to_dict()
     for name in ("float32_bytes", "header_bytes", "padding_bytes", "file_bytes", "ratio", "cost"):
         del values[name]
+    del values["earlier"]
     for row in values["layers"]:
         del row["codes_bound"], row["row_ptr_bytes"]
     again = recipe_report.read_report(values)

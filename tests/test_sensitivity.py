@@ -138,6 +138,20 @@ def test_thresholds_take_the_place_of_the_sparsities() -> None:
     assert [row.value for row in usual.of("0")] == [0.3, 0.5, 0.7, 0.8, 0.9]
 
 
+def test_a_weight_is_tried_in_its_own_memory_format() -> None:
+    model = network().to(memory_format=torch.channels_last)
+    strides: dict[str, set[tuple[int, ...]]] = {}
+
+    def metric(other: nn.Module) -> float:
+        for name, parameter in other.named_parameters():
+            strides.setdefault(name, set()).add(parameter.stride())
+        return 1.0
+
+    measure(model, metric=metric)
+    assert {name: seen for name, seen in strides.items() if len(seen) > 1} == {}
+    assert strides["0.weight"] == {(18, 1, 6, 2)}
+
+
 def test_larger_may_be_better() -> None:
     model = network()
     loss = loss_of(model)
@@ -307,6 +321,11 @@ def test_a_file_of_another_analysis_is_refused(tmp_path: Path) -> None:
     assert file.read_text() == text
 
 
+def with_config(text: str) -> Callable[[list[str]], list[str]]:
+    """Another config in the last row."""
+    return lambda lines: [*lines[:-1], lines[-1].replace("{}", f'"{text}"')]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -321,6 +340,11 @@ def test_a_file_of_another_analysis_is_refused(tmp_path: Path) -> None:
         (lambda lines: [*lines[:-1], lines[-1].replace("0.8,", "x,")], "line 18: could not"),
         (lambda lines: [*lines[:-1], lines[-1].replace("{}", "[]")], r"config is \[\], expected"),
         (lambda lines: [*lines[:-1], lines[-1].replace("smaller", "larger")], "and others"),
+        (with_config('{""bits"": 3}'), "csv, line 18: config has the unknown key 'bits', expected"),
+        (with_config('{""colour"": 3}'), "line 18: config has the unknown key 'colour', expected"),
+        (with_config('{""method"": ""best""}'), "line 18: method is 'best', expected one of"),
+        (with_config('{""init"": {}}'), "line 18: init is {}, expected one of"),
+        (with_config("[" * 100_000), "line 18: config is nested too deeply"),
     ],
 )
 def test_a_damaged_file_is_refused(
@@ -345,6 +369,7 @@ def test_errors_are_named() -> None:
         ({"thresholds": (-1,)}, "threshold is -1, expected a finite number >= 0"),
         ({"metric": lambda _: math.nan}, "metric of the dense network is nan"),
         ({"filter_fn": lambda module, name: False}, "has no Conv2d or Linear layer"),
+        ({"config": {"layers": {"7": None}}}, r"layers\['7'\] fits no layer of the model"),
     ]:
         with pytest.raises(ValueError, match=message):
             measure(model, **options)

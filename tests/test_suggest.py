@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from placekern import CompressConfig, compress_, save
-from placekern.compress import sensitivity_choices
 from placekern.compress.sensitivity import Sensitivity, sensitivity
-from placekern.compress.sensitivity_choices import choices, monotone, predicted_drops, resolution
+from placekern.compress.sensitivity_choices import predicted_drops, resolution
 from placekern.compress.suggest import Suggestion, suggest
-from placekern.io.streams import encoded_bytes
+from placekern.io import streams
 
 pytest.importorskip("zstandard")
 
+suggest_module = importlib.import_module("placekern.compress.suggest")  # not the function
 Metric = Callable[[nn.Module], float]
 SETTINGS: dict[str, Any] = {"bits": (8, 5, 3, 2), "sparsities": (0.3, 0.6, 0.9)}
 
@@ -69,89 +69,6 @@ def file_bytes(model: nn.Module, config: CompressConfig, path: Path) -> int:
     compressed = copy.deepcopy(model)
     compress_(compressed, config)
     return save(compressed, path / "model.safetensors")
-
-
-# ---- drops ----
-
-
-def test_drops_become_monotone() -> None:
-    assert monotone([]) == []
-    assert monotone([0.0, 0.1, 0.3]) == [0.0, 0.1, 0.3]
-    assert monotone([0.1, 0.5, 0.3]) == pytest.approx([0.1, 0.4, 0.4])
-    assert monotone([-0.2, -0.1, 0.4]) == [0.0, 0.0, 0.4]
-    assert monotone([0.1, math.inf, 0.3]) == [0.1, math.inf, math.inf]
-    drops = np.random.default_rng(0).normal(size=30).cumsum()
-    smooth = np.array(monotone(drops.tolist()))
-    assert (np.diff(smooth) >= 0).all()
-    # Isotonic regression by its definition: max over starts of min over ends of the mean.
-    expected = [
-        max(min(drops[i : k + 1].mean() for k in range(j, 30)) for i in range(j + 1))
-        for j in range(30)
-    ]
-    assert smooth == pytest.approx(np.maximum(expected, 0))
-
-
-def test_where_the_metric_is_blind_the_error_orders(model: nn.Module) -> None:
-    blind = sensitivity(model, lambda _: 0.5, **SETTINGS)
-    assert resolution(blind.rows) == 1e-9
-    rows = blind.of("2", "sparsity")
-    drops = predicted_drops(rows, 0.01)
-    assert drops == pytest.approx([0.01 * row.relative_error**2 for row in rows])
-    suggestion = suggest(blind, model, budget_mb=0.015)
-    harshest = [layer.settings == {"bits": 2, "sparsity": 0.9} for layer in suggestion.layers]
-    assert not any(harshest)
-    assert suggestion.file_bytes > 0.9 * 0.015e6
-
-
-def test_the_smallest_step_of_the_metric(found: Sensitivity) -> None:
-    assert resolution(found.rows) == min(abs(row.drop) for row in found.rows[1:] if row.drop)
-
-
-# ---- choices ----
-
-
-def test_choices_are_dense_and_all_pairs_with_their_bytes(
-    model: nn.Module, found: Sensitivity
-) -> None:
-    own = choices(found, "2", model[2], resolution(found.rows))
-    assert len(own) == 1 + 4 * (1 + 3)
-    assert (own[0].settings, own[0].bytes, own[0].drop) == (None, 4 * 15_000, 0)
-    step = resolution(found.rows)
-    by_bits, by_sparsity = (
-        dict(zip([row.value for row in rows], predicted_drops(rows, step), strict=True))
-        for rows in (found.of("2", "bits"), found.of("2", "sparsity"))
-    )
-    for choice in own[1:]:
-        weight = CompressConfig(**choice.settings).compress_tensor(model[2].weight)
-        assert choice.bytes == encoded_bytes(weight)
-        assert choice.density == weight.density
-        expected = by_bits[choice.settings["bits"]]
-        expected += by_sparsity.get(choice.settings.get("sparsity"), 0.0)
-        assert choice.drop == pytest.approx(expected)
-
-
-def test_bytes_of_a_large_layer_are_taken_from_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = nn.Linear(500, 400)
-    with torch.no_grad():
-        layer.weight.normal_().mul_(torch.linspace(0.5, 1.5, 400)[:, None])
-    found = sensitivity(nn.Sequential(layer), lambda _: 1.0, bits=(8, 3), sparsities=(0.7,))
-    exact = choices(found, "0", layer, 1.0)
-    monkeypatch.setattr(sensitivity_choices, "_LARGE", 50_000)
-    for one, other in zip(exact, choices(found, "0", layer, 1.0), strict=True):
-        assert other.bytes == pytest.approx(one.bytes, rel=0.02)
-        assert (other.settings, other.density, other.drop) == (one.settings, one.density, one.drop)
-
-
-def test_a_drop_that_is_not_finite_is_no_choice(model: nn.Module) -> None:
-    def metric(other: nn.Module) -> float:
-        lost = 1 - float((other[2].weight != 0).double().mean())
-        return math.nan if lost > 0.8 else 1 - lost
-
-    found = sensitivity(model, metric, **SETTINGS)
-    assert all(
-        (choice.settings or {}).get("sparsity") != 0.9
-        for choice in choices(found, "2", model[2], 1e-6)
-    )
 
 
 # ---- a budget of bytes ----
@@ -209,6 +126,18 @@ def test_a_budget_with_a_metric_is_measured(
     assert suggestion.measured == pytest.approx(metric(compressed), rel=1e-6)
     assert suggestion.measured_drop == found.baseline - suggestion.measured
     assert suggestion.evaluations == 1
+
+
+def test_where_the_metric_is_blind_the_error_orders(model: nn.Module) -> None:
+    blind = sensitivity(model, lambda _: 0.5, **SETTINGS)
+    assert resolution(blind.rows) == 1e-9
+    rows = blind.of("2", "sparsity")
+    drops = predicted_drops(rows, 0.01)
+    assert drops == pytest.approx([0.01 * row.relative_error**2 for row in rows])
+    suggestion = suggest(blind, model, budget_mb=0.015)
+    harshest = [layer.settings == {"bits": 2, "sparsity": 0.9} for layer in suggestion.layers]
+    assert not any(harshest)
+    assert suggestion.file_bytes > 0.9 * 0.015e6
 
 
 # ---- a budget of drop ----
@@ -284,6 +213,24 @@ def weak(row: Any) -> Any:
     return type(row)(**{**vars(row), "drop": 1e-6, "metric": 1 - 1e-6})
 
 
+def test_a_network_that_cannot_get_milder_ends_the_search(
+    model: nn.Module, found: Sensitivity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A metric that gives less for every copy, even for one that is dense."""
+    solved: list[float] = []
+    solve = suggest_module.solve
+    monkeypatch.setattr(
+        suggest_module, "solve", lambda *args: (solved.append(args[1]), solve(*args))[1]
+    )
+
+    def metric(other: nn.Module) -> float:
+        return found.baseline - (other is not model)
+
+    with pytest.raises(ValueError, match=r"none of \d+ measured networks keeps to a drop of 0.01"):
+        suggest(found, model, max_drop=0.01, metric=metric, evaluations=50)
+    assert len(solved) < 60
+
+
 # ---- the config ----
 
 
@@ -320,6 +267,36 @@ def test_layers_that_share_a_weight_get_the_same(tmp_path: Path) -> None:
     assert file_bytes(model, suggestion.config, tmp_path) == suggestion.file_bytes
 
 
+class Tied(nn.Module):
+    """A weight that an embedding, which is not compressed, has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(60, 40)
+        self.body = nn.Linear(40, 40)
+        self.head = nn.Linear(40, 60, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_a_weight_that_an_embedding_has_too_stays_in_the_file(tmp_path: Path) -> None:
+    model = Tied()
+    found = sensitivity(model, lambda m: 1.0, bits=(2,), sparsities=(0.9,))
+    body, both = {"head": None}, {}
+    sizes = []
+    for layers in (body, both):
+        config = CompressConfig(bits=2, sparsity=0.9, layers=layers)
+        sizes.append(file_bytes(model, config, tmp_path))
+    assert sizes[0] < sizes[1]
+    suggestion = suggest(found, model, budget_mb=(sizes[0] + 200) / 1e6)
+    settings = {layer.name: layer.settings for layer in suggestion.layers}
+    assert (settings["head"], settings["body"]) == (None, {"bits": 2, "sparsity": 0.9})
+    assert file_bytes(model, suggestion.config, tmp_path) == suggestion.file_bytes
+    own = suggest_module._Planner(found, model, None, None)._choices[1]
+    dense = 4 * 60 * 40
+    assert own[0].bytes == dense
+    assert all(choice.bytes > dense for choice in own[1:])
+
+
 def test_how_a_layer_was_quantized_goes_along(model: nn.Module, metric: Metric) -> None:
     config = {"method": "uniform", "layers": {"4": {"method": "kmeans", "entropy_lambda": 0.001}}}
     found = sensitivity(model, metric, **SETTINGS, config=config)
@@ -344,7 +321,32 @@ def test_the_table_says_what_was_measured(
         assert f"{layer.bytes / 1000:,.1f}" in line
 
 
+def test_shares_are_shown_with_their_digits() -> None:
+    pytest.importorskip("rich")
+    model = nn.Sequential(nn.Linear(60, 60))
+    found = sensitivity(model, lambda m: 1.0, bits=(2,), sparsities=(0.995,))
+    assert "99.5%" in str(found)
+    assert "99.5%" in str(suggest(found, model, budget_mb=0.001))
+
+
+def test_each_network_is_encoded_once(
+    model: nn.Module, found: Sensitivity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = suggest_module._Planner(found, model, None, None)
+    encoded: list[Any] = []
+    encode = streams.encode
+    monkeypatch.setattr(streams, "encode", lambda w: (encoded.append(w), encode(w))[1])
+    assert planner._size((1, 2, 3)) == planner._size((1, 2, 3))
+    assert len(encoded) == 3
+
+
 # ---- errors ----
+
+
+def test_an_analysis_without_layers_is_refused(model: nn.Module, found: Sensitivity) -> None:
+    for budget in ({"budget_mb": 1}, {"max_drop": 1}):
+        with pytest.raises(ValueError, match="no row but the dense network's; measure some layers"):
+            suggest(Sensitivity(found.rows[:1]), model, **budget)
 
 
 def test_errors_are_named(model: nn.Module, metric: Metric, found: Sensitivity) -> None:

@@ -423,6 +423,14 @@ def test_fine_tuning_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(v, expected[k]) for k, v in parts.model.state_dict().items())
 
 
+def test_fine_tuning_is_prepared_once() -> None:
+    for keep_zeros in (True, False):
+        run = fine_tune(keep_zeros)
+        run.prepare()
+        with pytest.raises(RuntimeError, match="the run is prepared already"):
+            run.prepare()
+
+
 def test_zeros_of_codebooks_are_free() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
     placekern.compress_(model, {"bits": 2, "layers": {"1": None}})

@@ -325,6 +325,18 @@ def test_a_checkpoint_of_another_run_is_refused(model, places, tmp_path: Path) -
             trained(copy.deepcopy(model), places, **{"steps": 2, "checkpoint": path, **options})
     with pytest.raises(ValueError, match=r"loss = 'places'.* but this one has loss = 'distill'"):
         distilled(model, places, steps=2, checkpoint=path)
+    with pytest.raises(ValueError, match=r"labels = .* but this one has labels = "):
+        train(model, places.images, places.labels.flip(0), steps=2, checkpoint=path)
+
+    path.unlink()
+    teachers = [copy.deepcopy(model) for _ in range(2)]
+    teachers[1].netvlad.centroids.data[0, 0] += 1
+    options = {"steps": 1, "batch_size": 4, "checkpoint": path}
+    distill(model, teachers[0], places.images, **options)
+    with pytest.raises(ValueError, match=r"teacher = .* but this one has teacher = "):
+        distill(model, teachers[1], places.images, **options)
+    with pytest.raises(ValueError, match=r"image = .* but this one has image = \[3, 40, 56\]"):
+        distill(model, teachers[0], places.images[..., :40, :56], **options)
 
 
 def test_seconds_end_a_run_that_can_go_on(model, places, tmp_path: Path) -> None:

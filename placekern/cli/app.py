@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from pathlib import Path
@@ -17,14 +16,15 @@ from rich.table import Table
 import placekern as pk
 
 from .. import _native
-from ..io import export_layers, file_sizes, read_header, save_deep_compression
+from ..io import FileSizes, export_layers, file_sizes, read_header, save_deep_compression
+from ..io.file import tensor_names
+from ..io.stored import StoredFile
 from ..nn import quant_sparse_layers
 from ..vpr import (
     ImageList,
     Retrieval,
     describe,
     evaluate,
-    fit_,
     list_images,
     retrieval_sheet,
     save_sheet,
@@ -32,7 +32,7 @@ from ..vpr import (
 from ..vpr.index import faiss_status, search_backend
 from . import console
 from .demo import demo
-from .inputs import open_dataset, open_network
+from .inputs import check_folder, fit_what_is_missing, open_dataset, open_network
 from .sensitivity import sensitivity, suggest
 from .settings import (
     Bits,
@@ -97,12 +97,14 @@ def inspect_file(
     architecture = read_header(file)["architecture"]
     with console.err.status("decoding the layers"):
         sizes = file_sizes(file)
+    codebooks = _codebooks(file, sizes)
     rows = [
         {
             "name": layer.name,
             "kind": layer.kind,
             "shape": list(layer.shape),
             "bits": layer.bits,
+            "codebooks": codebooks[layer.name],
             "density": layer.nnz / (layer.shape[0] * layer.shape[1]) if 0 not in layer.shape else 0,
             "dense_bytes": 4 * layer.shape[0] * layer.shape[1],
             "positions_bytes": layer.positions,
@@ -122,15 +124,14 @@ def inspect_file(
     title = f"{file.name}: {name}, {console.size(sizes.total)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
-    for heading in ("M x K", "bits", "density", "float32", "positions", "codes", "entropy"):
+    for heading in ("M x K", "bits", "density", "positions", "codes", "entropy"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             escape(row["name"]),
             f"{row['shape'][0]} x {row['shape'][1]}",
-            str(row["bits"]),
+            str(row["bits"]) + (f" x {row['codebooks']}" if row["codebooks"] > 1 else ""),
             f"{row['density']:.3f}",
-            console.size(row["dense_bytes"]),
             console.size(row["positions_bytes"]),
             console.size(row["codes_bytes"]),
             console.size(row["entropy_bytes"]),
@@ -144,8 +145,20 @@ def inspect_file(
             ("header", sizes.header + sizes.padding),
         )
     )
+    if any(count > 1 for count in codebooks.values()):
+        table.caption += ". 5 x 8: 8 codebooks of 5-bit codes."
     table.caption_justify = "left"
     console.out.print(table)
+
+
+def _codebooks(file: Path, sizes: FileSizes) -> dict[str, int]:
+    """How many codebooks each layer of a file has; only the shape of its tensor tells."""
+    counts = {}
+    with StoredFile(file) as stored:
+        for layer in sizes.layers:
+            shape = stored.shape(tensor_names(layer.shares or layer.name)["codebook"])
+            counts[layer.name] = shape[0] if len(shape) == 2 else 1
+    return counts
 
 
 @app.command()
@@ -160,7 +173,10 @@ def compress(
     ] = None,
     references: Annotated[
         Path | None,
-        typer.Option(help="Folder of images to fit NetVLAD and the whitening to, first."),
+        typer.Option(
+            help="Folder of images to fit NetVLAD and the whitening to, where the weights bring "
+            "none."
+        ),
     ] = None,
     config: Config = None,
     bits: Bits = None,
@@ -176,6 +192,7 @@ def compress(
 
     With --size the report also predicts each layer's time on this machine.
     """
+    check_folder(output)
     resize = image_size(size)
     settings = compress_config(
         config,
@@ -189,7 +206,12 @@ def compress(
     model = open_network(network, weights)
     with console.progress_bars() as progress:
         if references is not None:
-            fit_(model, ImageList(list_images(references), resize), progress=progress)
+            images = ImageList(list_images(references), resize)
+            if not fit_what_is_missing(model, network, weights, images, progress=progress):
+                raise ValueError(
+                    f"{weights or network} brings NetVLAD and all that follows it, and nothing is "
+                    "to be fitted: leave --references out"
+                )
         example = None if resize is None else torch.zeros(1, 3, *resize)
         report = pk.compress_(
             model,
@@ -291,14 +313,12 @@ def evaluate_file(
 
 
 def main() -> None:
-    """Entry point: an error is one sentence on standard error, never a traceback."""
+    """Entry point: an error is one sentence on standard error, never a traceback.
+
+    A closed pipe and Ctrl-C never get here: typer ends the process with 1 and 130, silently.
+    """
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         console.err.print(f"placekern: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.err.print("placekern: interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        os._exit(0)

@@ -6,6 +6,7 @@ with those of the dense network, so settings are not chosen on the queries they 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,14 +18,30 @@ import typer
 from torch import nn
 
 from ..compress.config import CompressConfig
-from ..compress.sensitivity import BITS_TRIED, Sensitivity
+from ..compress.sensitivity import BITS_TRIED, Sensitivity, check_identity
 from ..compress.sensitivity import sensitivity as measure
 from ..compress.suggest import MB
 from ..compress.suggest import suggest as choose
-from ..vpr import ImageList, PlaceDataset, describe, fit_, list_images, recall_at, search, whiten_
+from ..vpr import ImageList, PlaceDataset, describe, list_images, recall_at, search
+from ..vpr.digest import state_digest
 from . import console
-from .inputs import open_dataset, open_network
-from .settings import Config, EntropyLambda, Json, Method, Size, compress_config, image_size
+from .inputs import (
+    check_folder,
+    fit_what_is_missing,
+    missing_parts,
+    open_dataset,
+    open_network,
+)
+from .settings import (
+    Config,
+    EntropyLambda,
+    GroupSize,
+    Json,
+    Method,
+    Size,
+    compress_config,
+    image_size,
+)
 
 Metric = Callable[[nn.Module], float]
 
@@ -94,6 +111,7 @@ def sensitivity(
     config: Config = None,
     method: Method = None,
     entropy_lambda: EntropyLambda = None,
+    group_size: GroupSize = None,
     size: Size = None,
     as_json: Json = False,
 ) -> None:
@@ -102,13 +120,20 @@ def sensitivity(
     The CSV holds every result as soon as it is there: run the same command again to go on. NetVLAD
     and the whitening are first fitted to the references where the weights bring none.
     """
+    _check_metric(metric)
     tried: dict[str, Any] = {
         "bits": _numbers("--bits", bits, int),
         "thresholds": None if thresholds is None else _numbers("--thresholds", thresholds, float),
         "sparsities": None if sparsities is None else _numbers("--sparsities", sparsities, float),
     }
-    how: CompressConfig = compress_config(config, method=method, entropy_lambda=entropy_lambda)
-    model, measured = _open(
+    if not any(tried[name] for name in ("bits", "thresholds")) and (
+        tried["sparsities"] == () or (tried["sparsities"] is None and thresholds is not None)
+    ):
+        raise ValueError("there is nothing to try: give --bits, --thresholds or --sparsities")
+    how: CompressConfig = compress_config(
+        config, method=method, entropy_lambda=entropy_lambda, group_size=group_size
+    )
+    model, measured, identity = _open(
         network, weights, metric, dataset, queries, references, ground_truth, distance, size
     )
     output.mkdir(parents=True, exist_ok=True)
@@ -116,7 +141,13 @@ def sensitivity(
     try:
         with _one_bar("layers and settings") as progress:
             found = measure(
-                model, measured, **tried, config=how, resume=table_file, progress=progress
+                model,
+                measured,
+                **tried,
+                config=how,
+                resume=table_file,
+                identity=identity,
+                progress=progress,
             )
     except KeyboardInterrupt:
         if table_file.exists():
@@ -168,28 +199,37 @@ def suggest(
         int, typer.Option(min=1, help="Networks to measure at most, for --max-drop.")
     ] = 8,
     predict: Annotated[
-        bool, typer.Option("--predict", help="Do not measure the suggestion: it takes longer.")
+        bool,
+        typer.Option("--predict", help="Predict only; measuring the suggestion takes longer."),
     ] = False,
     size: Size = None,
     as_json: Json = False,
 ) -> None:
     """Choose bits and pruning of each layer for a budget of MB or of the metric's drop.
 
-    Give the same network, images and metric as to `sensitivity`: the suggestion is measured.
+    Give the same network, images and metric as to `sensitivity`: the suggestion is measured. With
+    --predict, images are needed only where the weights leave something to be fitted.
     """
+    _check_metric(metric)
     if output.suffix != ".json":
         raise ValueError(f"-o is {output}, expected a name that ends in .json")
+    if (budget_mb is None) == (max_drop is None):
+        raise ValueError("give one of --budget-mb and --max-drop")
+    check_folder(output)
     found = Sensitivity.from_csv(csv)
-    model, measured = _open(
-        network, weights, metric, dataset, queries, references, ground_truth, distance, size
-    )
+    model, measured, identity = _open(
+        network, weights, None if predict else metric, dataset, queries, references, ground_truth,
+        distance, size,
+    )  # fmt: skip
+    before = {name: found.rows[0].config.get(name) for name in identity}
+    check_identity(identity, before if found.rows[0].config else {}, str(csv))
     with console.progress_bars() as progress:
         suggestion = choose(
             found,
             model,
             budget_mb=budget_mb,
             max_drop=max_drop,
-            metric=None if predict else measured,
+            metric=measured,
             evaluations=evaluations,
             progress=progress,
         )
@@ -234,31 +274,61 @@ def cosine_metric(model: nn.Module, images: Any, batch_size: int = 16) -> Metric
 def _open(
     network: str,
     weights: Path | None,
-    metric: str,
+    metric: str | None,
     dataset: Path | None,
     queries: Path | None,
     references: Path | None,
     ground_truth: Path | None,
     distance: float,
     size: str | None,
-) -> tuple[nn.Module, Metric]:
-    """The network, fitted where its weights leave that open, and the metric by its name."""
-    if metric not in _NAMES:
-        raise ValueError(f'--metric is "{metric}", expected recall or cosine')
-    data = None
-    if metric == "cosine" and dataset is None and queries is None and references is not None:
-        images = ImageList(list_images(references), image_size(size))
-    else:
-        data = open_dataset(dataset, queries, references, ground_truth, distance, image_size(size))
+) -> tuple[nn.Module, Metric | None, dict[str, Any]]:
+    """The network, fitted where its weights leave that open, the metric, and the identity of both.
+
+    Without a metric none is made, and images are opened only where something is to be fitted.
+    """
+    resize = image_size(size)
+    alone = references is not None and dataset is None and queries is None
+    if metric == "recall" and alone:
+        raise ValueError(
+            "recall needs --queries beside --references, or --dataset; --metric cosine needs "
+            "references alone"
+        )
+    data, images = None, None
+    if metric != "recall" and alone:
+        images = ImageList(list_images(references), resize)
+    elif metric is not None or dataset is not None or queries is not None:
+        data = open_dataset(dataset, queries, references, ground_truth, distance, resize)
         images = data.references
     model = open_network(network, weights)
-    suffix = "" if weights is None else weights.suffix.lower()
+    # Before anything is fitted: the last bits of that depend on the number of threads.
+    identity: dict[str, Any] = {"weights": state_digest(model)}
+    if images is None:
+        missing = missing_parts(model, network, weights)
+        if missing:
+            raise ValueError(
+                f"{weights or network} brings no {' and no '.join(missing)}: give --references to "
+                "fit them to"
+            )
+        return model, None, identity
+    identity |= {
+        "images": len(images),
+        "bytes": sum(os.path.getsize(name) for name in images.names),
+        "size": None if resize is None else list(resize),
+    }
     with console.progress_bars() as progress:
-        if not network.endswith(".safetensors") and suffix in ("", ".npz"):
-            fit_(model, images, progress=progress)
-        elif suffix == ".mat" and model.whiten is None:
-            whiten_(model, images, progress=progress)
-    return model, recall_metric(data) if metric == "recall" else cosine_metric(model, images)
+        fit_what_is_missing(model, network, weights, images, progress=progress)
+    if metric is None:
+        return model, None, identity
+    identity["metric"] = metric
+    if metric == "recall":
+        identity["queries"] = len(data.queries)
+        return model, recall_metric(data), identity
+    return model, cosine_metric(model, images), identity
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in _NAMES:
+        raise ValueError(f'--metric is "{metric}", expected recall or cosine')
 
 
 def _numbers(option: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:

@@ -22,11 +22,14 @@ import placekern as pk
 
 from ..compress.train import FitStep
 from ..nn import quant_sparse_layers
-from ..vpr import TrainingImages, distill, fit_, load_places, whiten_
+from ..vpr import TrainingImages, distill, load_places
 from ..vpr import train as train_on_places
-from ..vpr.train import TrainingRecord
+from ..vpr.digest import file_digest, state_digest
+from ..vpr.fit import auto_dim
+from ..vpr.retrieve import device_of
+from ..vpr.train import TrainingRecord, check_recipe
 from . import console
-from .inputs import open_network
+from .inputs import check_folder, fit_what_is_missing, missing_parts, open_network
 from .settings import (
     Bits,
     Config,
@@ -61,7 +64,8 @@ def train(
         str | None,
         typer.Option(
             help='"places": tell places apart. "distill": describe images as the network did '
-            "before compression. Default: places where the images are labelled."
+            "before compression. Default: places where the images are labelled, and no --teacher "
+            "is given."
         ),
     ] = None,
     teacher: Annotated[
@@ -110,7 +114,8 @@ def train(
     """Train a network, and compress it on the way, into one file.
 
     NetVLAD and the whitening are first fitted to the images where the weights bring none.
-    Of a .safetensors that is compressed already, the codebooks and biases are trained.
+    Of a .safetensors that is compressed already, also of one with layers that stayed dense, nothing
+    more is compressed: codebooks, biases and dense layers are trained, and zeros stay zero.
     """
     options = {
         "bits": bits,
@@ -120,13 +125,11 @@ def train(
         "entropy_lambda": entropy_lambda,
         "group_size": group_size,
     }
-    for path in (output, checkpoint):
-        if path is not None and not path.parent.is_dir():  # not to be found out after the training
-            raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+    check_folder(output, checkpoint)
     model = open_network(network, weights)
     settings = _recipe(model, network, dense, recipe, config, options, steps)
     data = load_places(images, image_size(size))
-    loss = _loss_of(loss, data, images)
+    loss = _loss_of(loss, teacher, data, images)
     if loss == "distill" and settings is None and teacher is None:
         what = "--dense" if dense else f"{network} is compressed already, and"
         raise ValueError(
@@ -140,7 +143,11 @@ def train(
             f"--batch-size is {batch_size}, expected at least {2 * _VIEWS}: {_VIEWS} images of "
             "each of 2 places"
         )
+    _check_dim(dim, model, network, weights)
     guide = None if teacher is None else pk.load(teacher).to(torch.device(device))
+    # The network is its own teacher once it is fitted, but what is fitted again has other last bits
+    # with another number of threads: what goes into the fit is what stays the same.
+    name = f"{state_digest(model)}, seed {seed}" if teacher is None else file_digest(teacher)
     model.to(torch.device(device))
 
     labelled = f" of {len(data.places)} places" if data.labels is not None else ""
@@ -148,8 +155,7 @@ def train(
     if teacher is not None:
         what = f"to be described as by {teacher}"
     console.err.print(f"{len(data)} images{labelled}, {what}", highlight=False, markup=False)
-    with console.progress_bars() as progress:
-        _fit(model, network, weights, data, dim, seed, progress)
+    model, kept = _fitted(model, network, weights, data, dim, seed, checkpoint)
     shared: dict[str, Any] = {
         "steps": steps,
         "learning_rate": learning_rate,
@@ -176,7 +182,13 @@ def train(
             else:
                 guide = guide or copy.deepcopy(model)
                 record = distill(
-                    model, guide, data.images, batch_size=batch_size, on_step=on_step, **shared
+                    model,
+                    guide,
+                    data.images,
+                    teacher_name=name,
+                    batch_size=batch_size,
+                    on_step=on_step,
+                    **shared,
                 )
     except KeyboardInterrupt:
         if checkpoint is not None and checkpoint.exists():
@@ -185,6 +197,8 @@ def train(
             )
         raise
     written = pk.save(model, output)
+    if kept is not None:
+        kept.unlink(missing_ok=True)
     _show(record, loss, data, output, written, as_json)
 
 
@@ -207,13 +221,15 @@ def _recipe(
         return None
     if recipe is not None:
         refuse_options(f"--recipe {recipe}", {"config": config, **options})
-        return pk.RecipeConfig.from_file(recipe)
+        read = pk.RecipeConfig.from_file(recipe)
+        check_recipe(read, steps)
+        return read
     return pk.RecipeConfig.over_steps(steps, compress_config(config, **options))
 
 
-def _loss_of(loss: str | None, data: TrainingImages, folder: Path) -> str:
+def _loss_of(loss: str | None, teacher: Path | None, data: TrainingImages, folder: Path) -> str:
     if loss is None:
-        return "distill" if data.labels is None else "places"
+        return "distill" if data.labels is None or teacher is not None else "places"
     if loss not in ("places", "distill"):
         raise ValueError(f'--loss is "{loss}", expected places or distill')
     if loss == "places" and data.labels is None:
@@ -221,30 +237,44 @@ def _loss_of(loss: str | None, data: TrainingImages, folder: Path) -> str:
     return loss
 
 
-def _fit(
+def _check_dim(dim: int | None, model: nn.Module, network: str, weights: Path | None) -> None:
+    if dim is not None and "whitening" not in missing_parts(model, network, weights):
+        raise ValueError(
+            f"--dim is of a whitening that is fitted here, but {weights or network} is trained as "
+            "it is: leave --dim out"
+        )
+
+
+def _fitted(
     model: nn.Module,
     network: str,
     weights: Path | None,
     data: TrainingImages,
     dim: int | None,
     seed: int,
-    progress: Callable[[str, int, int], None],
-) -> None:
-    """NetVLAD's clusters and the whitening, where the weights bring none."""
-    suffix = "" if weights is None else weights.suffix.lower()
-    if network.endswith(".safetensors") or suffix == ".safetensors":
-        if dim is not None:
-            raise ValueError(
-                "--dim is of a whitening that is fitted here; this network has its own"
-            )
-        return
+    checkpoint: Path | None,
+) -> tuple[nn.Module, Path | None]:
+    """The network with what its weights do not bring, and the file that keeps it for a resume.
+
+    That file stands beside the checkpoint, so that a run goes on at once, from the same bits.
+    """
+    if not missing_parts(model, network, weights):
+        return model, None
+    kept = None
+    if checkpoint is not None:
+        kept = checkpoint.with_name(checkpoint.name + ".fitted.safetensors")
+        if checkpoint.exists() and kept.exists():
+            before = pk.load(kept)
+            netvlad = before.netvlad
+            auto = auto_dim(len(data), netvlad.clusters * netvlad.dim)
+            if before.architecture["kwargs"]["dim"] == (auto if dim is None else dim or None):
+                return before.to(device_of(model)), kept
     outputs = "auto" if dim is None else dim or None
-    if suffix != ".mat":
-        fit_(model, data.images, outputs, seed=seed, progress=progress)
-    elif model.whiten is None:
-        whiten_(model, data.images, outputs, seed=seed, progress=progress)
-    elif dim is not None:
-        raise ValueError("--dim is of a whitening that is fitted here; these weights have one")
+    with console.progress_bars() as progress:
+        fit_what_is_missing(model, network, weights, data.images, outputs, seed, progress)
+    if kept is not None and not checkpoint.exists():
+        pk.save(model, kept)
+    return model, kept
 
 
 @contextmanager

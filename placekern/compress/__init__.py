@@ -2,6 +2,7 @@
 
 from .config import CompressConfig
 from .cost import CostReport, LayerCost, predict
+from .cost_work import Rates
 from .fine_tune import FineTune
 from .prune import PruneSchedule
 from .quantize import fit_kmeans, fit_uniform
@@ -11,7 +12,7 @@ from .recipe_report import RecipeLayer, RecipeReport
 from .report import CompressReport, LayerReport
 from .sensitivity import Sensitivity, sensitivity
 from .sensitivity_rows import SensitivityRow
-from .suggest import Suggestion, suggest
+from .suggest import SuggestedLayer, Suggestion, suggest
 from .swap import compress_
 from .train import FitRecord, FitStep, fit
 
@@ -25,12 +26,14 @@ __all__ = [
     "LayerCost",
     "LayerReport",
     "PruneSchedule",
+    "Rates",
     "Recipe",
     "RecipeConfig",
     "RecipeLayer",
     "RecipeReport",
     "Sensitivity",
     "SensitivityRow",
+    "SuggestedLayer",
     "Suggestion",
     "compress_",
     "fit",

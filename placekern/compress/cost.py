@@ -41,8 +41,9 @@ class LayerCost:
         calls: passes through the layer in one of the model; 0 where none was seen.
         dense_ms: predicted for the dense layer in float32, all calls; None: not predicted.
         compressed_ms: the same for the compressed layer.
-        break_even: the largest density below the layer's at which it would be faster than dense;
-            None when it is faster as it is, when no density makes it faster, or not predicted.
+        break_even: (low, high), the densities next below the layer's from which to which it would
+            be faster than dense; low is 0 where every density below high is. None when it is
+            faster as it is, when no lower density makes it faster, or not predicted.
     """
 
     name: str
@@ -51,7 +52,7 @@ class LayerCost:
     calls: int
     dense_ms: float | None = None
     compressed_ms: float | None = None
-    break_even: float | None = None
+    break_even: tuple[float, float] | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -69,7 +70,12 @@ class LayerCost:
         text = f"{self.name}: {times} slower than dense expected at density {density}"
         if self.break_even is None:
             return f"{text}; no lower density makes it faster"
-        return f"{text}; faster below about {self.break_even:.2g}"
+        low, high = self.break_even
+        if not low:
+            return f"{text}; faster below about {high:.2g}"
+        if low == high:
+            return f"{text}; faster only at about {high:.2g}"
+        return f"{text}; faster between about {low:.2g} and {high:.2g}"
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,12 @@ class CostReport:
     def from_dict(cls, values: Mapping[str, Any]) -> CostReport:
         """A report from the plain values of its `to_dict`."""
         names = [f.name for f in fields(LayerCost)]
-        rows = (LayerCost(**{name: row[name] for name in names}) for row in values["layers"])
-        return cls(tuple(rows), values["isa"], values["threads"], tuple(values["notes"]))
+        rows = [{name: row[name] for name in names} for row in values["layers"]]
+        for row in rows:
+            if row["break_even"] is not None:
+                row["break_even"] = tuple(row["break_even"])
+        layers = tuple(LayerCost(**row) for row in rows)
+        return cls(layers, values["isa"], values["threads"], tuple(values["notes"]))
 
     def table(self) -> Table:
         """The times as a rich table."""
@@ -140,7 +150,7 @@ class CostReport:
             padding=(0, 1, 0, 0),
         )
         table.add_column("layer", overflow="fold")
-        for heading in ("density", "calls", "dense ms", "ms", "times dense", "faster below"):
+        for heading in ("density", "calls", "dense ms", "ms", "times dense", "faster at"):
             table.add_column(heading, justify="right")
         for row in self.layers:
             table.add_row(
@@ -149,7 +159,7 @@ class CostReport:
                 str(row.calls),
                 *(_number(value, ".3f") for value in (row.dense_ms, row.compressed_ms)),
                 _number(row.ratio, ".2f"),
-                _number(row.break_even, ".2f"),
+                "" if row.break_even is None else _interval(*row.break_even),
             )
         table.add_section()
         ratio = self.dense_ms / self.compressed_ms if self.compressed_ms else None
@@ -177,6 +187,7 @@ def predict(
         rates: of a machine; None: those of this one.
 
     Raises:
+        ValueError: `rates` has no rate for something that the model does.
         Exception: whatever the model raises when the example does not fit it.
     """
     layers = list(quant_sparse_layers(model))
@@ -246,14 +257,27 @@ def _compressed(matrix: Matrix, calls: list[Call], rates: Rates) -> float:
     return sum(rates.compressed(call, matrix) for call in calls)
 
 
-def _break_even(matrix: Matrix, calls: list[Call], rates: Rates, dense: float) -> float | None:
-    """The largest density below the matrix's own at which the compressed layer is faster."""
+def _break_even(
+    matrix: Matrix, calls: list[Call], rates: Rates, dense: float
+) -> tuple[float, float] | None:
+    """The densities next below the matrix's own at which the compressed layer is faster.
+
+    They may end above 0: positions are stored in another way at low densities, which may be slower.
+    """
+    low = high = 0.0
     for step in range(_STEPS - 1, 0, -1):
         density = step / _STEPS
-        sparser = matrix.at_density(density)
-        if density < matrix.density and _compressed(sparser, calls, rates) < dense:
-            return density
-    return None
+        if density >= matrix.density:
+            continue
+        if _compressed(matrix.at_density(density), calls, rates) < dense:
+            low, high = density, high or density
+        elif high:
+            return low, high
+    return (0.0, high) if high else None
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{low:.2f} to {high:.2f}" if low else f"below {high:.2f}"
 
 
 def _number(value: float | None, how: str) -> str:

@@ -4,7 +4,8 @@ Small layers of our kernels and of dense torch are run in turn, each layer once 
 fastest round counts: what else runs on a machine only ever makes a round longer, and on a busy one
 medians of few rounds were off by a factor of two. The rates are then fitted by non-negative least
 squares on relative errors. The surprise: no rate is measured alone. Only sums of them can be, and
-layers that differ in one kind of work tell them apart.
+layers that differ in one kind of work tell them apart. The caller's default dtype and device and
+autocast are left aside; the precision of float32 products, which kernels follow, is kept.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ _BATCH_MATRICES = ((64, 64), (512, 128), (64, 2048))
 _DENSITIES = ((1.0, 0.4, 0.1), (0.65, 0.15, 0.05))
 _DENSE_SIDES = (64, 256, 1024, 4096)
 _LARGEST = 1 << 28  # multiply-adds of a dense linear layer that is measured
+_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -119,24 +121,35 @@ class _Case:
     seconds: float = 0.0
 
 
-_MEASURED: dict[tuple[str, int], Rates] = {}
+_MEASURED: dict[tuple[str, int, str], Rates] = {}
 
 
 def measured_rates(needs: Needs) -> Rates:
-    """The rates of this machine at the kernels' level and torch's threads of now.
+    """The rates of this machine at the kernels' level and torch's threads and precision of now.
 
     What was measured before in this process is not measured again.
     """
-    key = (_native.get_isa(), torch.get_num_threads())
-    known = _MEASURED.get(key, Rates(*key, {}, {}))
+    level, threads = _native.get_isa(), torch.get_num_threads()
+    key = (level, threads, torch.get_float32_matmul_precision())
+    if key not in _MEASURED:
+        _MEASURED[key] = Rates(level, threads, {}, {})
+    with torch.autocast("cpu", enabled=False):
+        _MEASURED[key] = _with(needs, _MEASURED[key])
+    return _MEASURED[key]
+
+
+def _with(needs: Needs, known: Rates) -> Rates:
+    """What is `known`, and what is needed beside it."""
+    key = (known.isa, known.threads)
     seconds, dense_linear = dict(known.seconds), dict(known.dense_linear)
     cases: list[_Case] = []
-    if not _has(seconds, "conv2d", needs.conv2d_bits):
-        cases += _conv2d_cases(*key, needs.conv2d_bits | _bits(seconds, "conv2d"))
-    if not _has(seconds, "linear", needs.bits):
-        cases += _linear_cases(*key, needs.bits | _bits(seconds, "linear"))
-    batches = sorted(needs.batches - dense_linear.keys())
-    dense = {batch: _dense_linear_cases(batch) for batch in batches}
+    with torch.device("cpu"):  # not around the timing: it makes every call of torch longer
+        if not _has(seconds, "conv2d", needs.conv2d_bits):
+            cases += _conv2d_cases(*key, needs.conv2d_bits | _bits(seconds, "conv2d"))
+        if not _has(seconds, "linear", needs.bits):
+            cases += _linear_cases(*key, needs.bits | _bits(seconds, "linear"))
+        batches = sorted(needs.batches - dense_linear.keys())
+        dense = {batch: _dense_linear_cases(batch) for batch in batches}
     if not cases and not dense:
         return known
     _time([*cases, *(case for by_size in dense.values() for _, case in by_size)])
@@ -147,8 +160,7 @@ def measured_rates(needs: Needs) -> Rates:
         misfit = max(misfit, off)
     for batch, by_size in dense.items():
         dense_linear[batch] = tuple((size, case.seconds) for size, case in by_size)
-    _MEASURED[key] = Rates(*key, seconds, dense_linear, misfit)
-    return _MEASURED[key]
+    return Rates(*key, seconds, dense_linear, misfit)
 
 
 def _bits(seconds: Mapping[str, float], op: str) -> frozenset[int]:
@@ -180,8 +192,9 @@ def _conv2d_cases(isa: str, threads: int, bits: frozenset[int]) -> list[_Case]:
 
 def _convolution(shape: _Conv) -> tuple[Tensor, Tensor, ConvCall, dict[str, Any]]:
     """Input, dense weight, shapes, and the arguments that F.conv2d and ours have in common."""
-    x = torch.ones(1, shape.channels, shape.size, shape.size)
-    dense = torch.ones(shape.M, shape.channels // shape.groups, shape.kernel, shape.kernel)
+    x = torch.ones(1, shape.channels, shape.size, shape.size, **_FLOAT)
+    sizes = (shape.M, shape.channels // shape.groups, shape.kernel, shape.kernel)
+    dense = torch.ones(sizes, **_FLOAT)
     padding = shape.kernel // 2
     out = (shape.size + 2 * padding - shape.kernel) // shape.stride + 1
     call = ConvCall(
@@ -195,8 +208,8 @@ def _convolution(shape: _Conv) -> tuple[Tensor, Tensor, ConvCall, dict[str, Any]
         groups=shape.groups,
         pointwise=shape.kernel == shape.stride == 1,
     )
-    sizes = {"stride": (shape.stride,) * 2, "padding": (padding,) * 2, "groups": shape.groups}
-    return x, dense, call, sizes
+    steps = {"stride": (shape.stride,) * 2, "padding": (padding,) * 2, "groups": shape.groups}
+    return x, dense, call, steps
 
 
 def _linear_cases(isa: str, threads: int, bits: frozenset[int]) -> list[_Case]:
@@ -211,7 +224,7 @@ def _linear_cases(isa: str, threads: int, bits: frozenset[int]) -> list[_Case]:
                 weight = _weight(M, K, density, next(turns))
                 for batch in batches:
                     work = compressed_work(LinearCall(batch), _matrix(weight), isa, threads)
-                    run = partial(ops.linear, torch.ones(batch, K), weight)
+                    run = partial(ops.linear, torch.ones(batch, K, **_FLOAT), weight)
                     cases.append(_Case(run, family, work))
     return cases
 
@@ -222,7 +235,8 @@ def _dense_linear_cases(batch: int) -> list[tuple[int, _Case]]:
     for side in _DENSE_SIDES:
         if batch * side * side > _LARGEST:
             continue
-        run = partial(F.linear, torch.ones(batch, side), torch.ones(side, side))
+        x, weight = torch.ones(batch, side, **_FLOAT), torch.ones(side, side, **_FLOAT)
+        run = partial(F.linear, x, weight)
         cases.append((side * side, _Case(run, "dense linear", {})))
     return cases
 
@@ -233,11 +247,11 @@ def _matrix(weight: QuantSparseWeight) -> Matrix:
 
 def _weight(M: int, K: int, density: float, bits: int) -> QuantSparseWeight:
     """Random positions and codes, from a generator of their own."""
-    generator = torch.Generator().manual_seed(M + K)
-    mask = torch.rand(M, K, generator=generator) < density
+    drawn: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(M + K)}
+    mask = torch.rand(M, K, **drawn, **_FLOAT) < density
     count = int(mask.sum())
-    codes = torch.randint(0, 1 << bits, (count,), dtype=torch.uint8, generator=generator)
-    return QuantSparseWeight.from_mask(mask, codes, torch.linspace(-1, 1, 1 << bits))
+    codes = torch.randint(0, 1 << bits, (count,), **drawn, dtype=torch.uint8, device="cpu")
+    return QuantSparseWeight.from_mask(mask, codes, torch.linspace(-1, 1, 1 << bits, **_FLOAT))
 
 
 def _time(cases: list[_Case]) -> None:

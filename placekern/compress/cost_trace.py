@@ -56,14 +56,21 @@ def passes(model: nn.Module, example: Example) -> dict[str, list[Passed]]:
         hollow, fake = _without_data(model, example)
     except Exception:  # it cannot be copied
         return _run(model, example)
+    # A forward that was put there as a closure calls the layers of the original, not of the copy.
+    called: list[nn.Module] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: called.append(module))
+        for _, module in _layers(model)
+    ]
     try:
         with fake:
             found = _run(hollow, fake.example)
     except Exception:  # it looks at values; a real error comes again, in words of its own
-        return _run(model, example)
-    # A forward that was put there as a closure calls the layers of the original.
-    whole = found.keys() >= {name for name, _ in _layers(model)}
-    return found if whole else _run(model, example)
+        found = None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _run(model, example) if found is None or called else found
 
 
 class _FakeRun(FakeTensorMode):

@@ -91,7 +91,11 @@ class Rates:
     misfit: float = 0.0
 
     def compressed(self, call: Call, matrix: Matrix) -> float:
-        """Seconds of one pass of a compressed layer."""
+        """Seconds of one pass of a compressed layer.
+
+        Raises:
+            ValueError: a rate that this takes is not there; so does `dense`.
+        """
         return self._time(compressed_work(call, matrix, self.isa, self.threads))
 
     def dense(self, call: Call, matrix: Matrix) -> float:
@@ -99,11 +103,21 @@ class Rates:
         if isinstance(call, ConvCall):
             return self._time(dense_conv2d_work(call, matrix))
         batch = dense_batch(call.N)
-        points = self.dense_linear[batch]
+        points = self.dense_linear.get(batch)
+        if not points:
+            raise ValueError(
+                f"the rates have no dense linear layers at batch {batch}; leave `rates` out to "
+                "have them measured"
+            )
         return _interpolated(points, max(matrix.M * matrix.K, 1)) * max(call.N / batch, 1.0)
 
     def _time(self, work: Mapping[str, float]) -> float:
-        return sum(count * self.seconds[kind] for kind, count in work.items())
+        try:
+            return sum(count * self.seconds[kind] for kind, count in work.items())
+        except KeyError as error:
+            raise ValueError(
+                f"the rates have no {error.args[0]!r}; leave `rates` out to have it measured"
+            ) from None
 
 
 def dense_batch(N: int) -> int:
@@ -143,7 +157,7 @@ def _linear_work(call: LinearCall, matrix: Matrix, threads: int) -> dict[str, fl
         if mask:
             work |= {
                 "linear position": M * K,
-                "linear multiply-add": M * K * (N - 1),
+                "linear multiply-add": M * K * max(N - 1, 0),
                 f"linear lookup, {matrix.bits} bits": nnz,
             }
         else:

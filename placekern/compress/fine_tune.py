@@ -40,9 +40,17 @@ class FineTune:
         self.steps = 0
         self.phase = "train"
         self._pruned: dict[str, tuple[Tensor, Tensor]] = {}
+        self._prepared = False
 
     def prepare(self) -> None:
-        """Begins: sees which weights are zero, where these are to be kept."""
+        """Begins: sees which weights are zero, where these are to be kept.
+
+        Raises:
+            RuntimeError: called twice.
+        """
+        if self._prepared:
+            raise RuntimeError("the run is prepared already; make another FineTune for another run")
+        self._prepared = True
         if not self.keep_zeros:
             return
         codebooks = {id(layer.codebook) for _, layer in quant_sparse_layers(self.model)}

@@ -42,7 +42,7 @@ class RecipeConfig:
             replaces. A codebook's gradient is a sum over many weights: with SGD take a small one.
         codebook_gradient: "sum" over the weights of a code, as in the paper, or their "mean".
         grid: hold entries to values that "bfloat16" has, or to an "int8" grid of a scale a
-            layer; None leaves them free.
+            codebook; None leaves them free.
         reassign_every: assign codes anew every so many steps after `quantize_at`, see
             `placekern.compress.trained`; None never does, and needs no memory for it.
 

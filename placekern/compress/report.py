@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..tables import as_text
@@ -91,6 +91,8 @@ class CompressReport:
         header_bytes: of the header that `save` would write now.
         padding_bytes: behind that header.
         cost: predicted times, when an example was given.
+        earlier: sums over the layers that were compressed before and have no row, by the names of
+            a `LayerReport`; empty without such layers.
     """
 
     layers: tuple[LayerReport, ...]
@@ -101,6 +103,7 @@ class CompressReport:
     header_bytes: int = 0
     padding_bytes: int = 0
     cost: CostReport | None = None
+    earlier: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def pruned(self) -> float:
@@ -137,13 +140,14 @@ class CompressReport:
             "file_bytes": self.file_bytes,
             "ratio": self.ratio,
             "cost": self.cost.to_dict() if self.cost else None,
+            "earlier": dict(self.earlier),
         }
 
     def summary(self) -> Iterator[str]:
         """Sentences on all bytes, and on time where it was predicted."""
 
         def total(name: str) -> float:
-            return sum(getattr(layer, name) for layer in self.layers)
+            return sum(getattr(layer, name) for layer in self.layers) + self.earlier.get(name, 0)
 
         base, file = self.float32_bytes, self.file_bytes
         yield f"float32 before: {_mega(base)}; file: {_mega(file)}, {self.ratio:.1%} of it."
@@ -166,10 +170,13 @@ class CompressReport:
         )
         if self.cost is not None:
             cost = self.cost
-            yield (
-                f"Predicted time of the layers: {cost.compressed_ms:.2f} ms, dense "
-                f"{cost.dense_ms:.2f} ms (CPU at {cost.machine})."
-            )
+            known, rows = sum(row.dense_ms is not None for row in cost.layers), len(cost.layers)
+            which = "the layers" if known == rows else f"{known} of {rows} layers"
+            if known:
+                yield (
+                    f"Predicted time of {which}: {cost.compressed_ms:.2f} ms, dense "
+                    f"{cost.dense_ms:.2f} ms (CPU at {cost.machine})."
+                )
             yield from cost.notes
             yield from cost.warnings
 
@@ -212,12 +219,18 @@ class CompressReport:
                 *(_kilo(getattr(layer, name)) for name in columns.values()),
             )
         table.add_section()
-        totals, rest = [], []
+        totals, rest, before = [], [], []
         for name in columns.values():
-            part = sum(getattr(layer, name) for layer in self.layers)
+            # What was compressed before came in as it is now.
+            as_now = "resident_bytes" if name == "dense_bytes" else name
+            earlier = self.earlier.get(as_now, 0)
+            part = sum(getattr(layer, name) for layer in self.layers) + earlier
             whole = getattr(self, name, None)
             totals.append(_kilo(part if whole is None else whole))
             rest.append("" if whole is None else _kilo(whole - part))
+            before.append(_kilo(earlier))
+        if self.earlier:
+            table.add_row("compressed before", "", "", "", "", *before)
         table.add_row("other tensors", "", "", "", "", *rest)
         table.add_row("total", "", "", "", "", *totals, style="bold")
         return table

@@ -7,11 +7,12 @@ another Parameter while the metric runs, so what is put back is the very same te
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .sensitivity_result import Sensitivity
 from .sensitivity_rows import (
     BITS,
     DENSE,
+    KEPT,
     SPARSITY,
     THRESHOLD,
     SensitivityRow,
@@ -37,7 +39,6 @@ from .sensitivity_rows import (
 
 BITS_TRIED = (8, 6, 5, 4, 3, 2)
 SPARSITIES_TRIED = (0.3, 0.5, 0.7, 0.8, 0.9)
-_VARIED = ("bits", "threshold", "sparsity", "layers")  # of a CompressConfig; the rest is kept
 
 
 def sensitivity(
@@ -51,6 +52,7 @@ def sensitivity(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     larger_is_better: bool = True,
     resume: str | os.PathLike[str] | None = None,
+    identity: Mapping[str, Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Sensitivity:
     """Measures a model with one layer at a time quantized or pruned, at each setting.
@@ -76,6 +78,10 @@ def sensitivity(
         larger_is_better: False for a loss.
         resume: a CSV file that holds all rows at any time, so that nothing is lost when the process
             ends. Where it is there already, what it holds is not measured again.
+        identity: what the results depend on beside the settings, by name, as plain values: a digest
+            of the weights, the name of the metric and the like. The dense row's `config` holds it,
+            and a file to resume must have the same; one without it is known by its baseline alone,
+            which a metric such as the cosine to the dense descriptors has in common with any other.
         progress: called with (layer, done, total) before each evaluation and at the end; the first
             is of the dense network.
 
@@ -83,17 +89,16 @@ def sensitivity(
         A `Sensitivity`.
 
     Raises:
-        TypeError: the metric gives no number, or the model is itself a layer.
-        ValueError: a setting is out of range, there is no layer to measure, a weight is not finite,
-            layers that share a weight are not treated alike, the dense network's metric is not
-            finite, or the file to resume is of another model, metric or config.
+        TypeError: the metric gives no number, the model is itself a layer, or identity holds what
+            JSON does not.
+        ValueError: a setting is out of range, the config names a layer that is not there, there is
+            no layer to measure, a weight is not finite, layers that share a weight are not treated
+            alike, the dense network's metric is not finite, or the file to resume is of another
+            model, metric or config.
     """
     if sparsities is None:
         sparsities = SPARSITIES_TRIED if thresholds is None else ()
-    if config is None:
-        config = CompressConfig()
-    elif not isinstance(config, CompressConfig):
-        config = CompressConfig.from_dict(config)
+    config = CompressConfig.of(config)
     tried = [
         *((BITS, value) for value in bits),
         *((THRESHOLD, value) for value in thresholds or ()),
@@ -105,9 +110,11 @@ def sensitivity(
         for name, (modules, own) in layers.items()
         for setting, value in dict.fromkeys(tried)
     ]
+    own_identity: dict[str, Any] = json.loads(json.dumps(dict(identity or {})))
     known: dict[tuple[str, str, float], SensitivityRow] = {}
     if resume is not None and Path(resume).exists():
         known = {row.key: row for row in read_rows(resume)}
+        own_identity = check_identity(own_identity, _identity_in(known), str(resume))
         _check_known(known, layers, larger_is_better, str(resume))
     left = [job for job in jobs if (job[0], job[2], float(job[3])) not in known]
 
@@ -120,7 +127,7 @@ def sensitivity(
     with evaluating(model):
         if progress:
             progress("dense", 0, total)
-        dense = _dense_row(layers, number(metric(model)), larger_is_better)
+        dense = _dense_row(layers, number(metric(model)), larger_is_better, own_identity)
         if resume is not None and dense.key in known:
             before = known[dense.key].metric
             check_baseline(dense.metric, before, str(resume))
@@ -157,6 +164,7 @@ def _layers(
             f"the model is itself a {type(model).__name__}, which compress_ cannot swap; put it "
             "into an nn.Sequential"
         )
+    config.check_names(model)
     found: dict[int, list[tuple[str, nn.Module, CompressConfig | None]]] = {}
     for name, module in model.named_modules():
         if type(module) not in COMPRESSED_KINDS:
@@ -223,17 +231,19 @@ def _try(
         larger_is_better=True,
         config=_config_values(own),
     )
-    return decoded.reshape(weight.shape).to(weight), row
+    # In the weight's own memory format: with another one, the library may round otherwise.
+    return torch.empty_like(weight).copy_(decoded.reshape(weight.shape)), row
 
 
 def _config_values(own: CompressConfig) -> dict[str, Any]:
     """Fields that are kept and differ from the defaults, as plain values."""
     default = CompressConfig()
-    names = [f.name for f in fields(CompressConfig) if f.name not in _VARIED]
-    return {n: getattr(own, n) for n in names if getattr(own, n) != getattr(default, n)}
+    return {n: getattr(own, n) for n in KEPT if getattr(own, n) != getattr(default, n)}
 
 
-def _dense_row(layers: _Layers, metric: float, larger_is_better: bool) -> SensitivityRow:
+def _dense_row(
+    layers: _Layers, metric: float, larger_is_better: bool, identity: Mapping[str, Any]
+) -> SensitivityRow:
     if not math.isfinite(metric):
         raise ValueError(f"the metric of the dense network is {metric}, expected a finite number")
     weights = [modules[0].weight for modules, _ in layers.values()]
@@ -249,7 +259,7 @@ def _dense_row(layers: _Layers, metric: float, larger_is_better: bool) -> Sensit
         metric=metric,
         drop=0.0,
         larger_is_better=larger_is_better,
-        config={},
+        config=identity,
     )
 
 
@@ -327,6 +337,35 @@ def _check_known(
                 f"{path} has {row.layer} measured with {dict(row.config)}, but here it is {here}; "
                 "go on with the same config, or remove the file"
             )
+
+
+def _identity_in(known: Mapping[tuple[str, str, float], SensitivityRow]) -> Mapping[str, Any]:
+    return next((row.config for row in known.values() if row.setting == DENSE), {})
+
+
+def check_identity(here: Mapping[str, Any], there: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Compares what results depend on with what those before depended on.
+
+    Args:
+        here: the identity given now; {} for none.
+        there: the identity of the results that are there already; {} for none.
+        where: those stand.
+
+    Returns:
+        `there`. Where one of the two is empty there is nothing to compare, and results that are
+        there do not become known by what was not given when they were measured.
+
+    Raises:
+        ValueError: they differ; names what differs.
+    """
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if names and here and there:
+        told = [", ".join(f"{name} = {of.get(name)!r}" for name in names) for of in (there, here)]
+        raise ValueError(
+            f"{where} is of {told[0]}, but here it is {told[1]}; go on with the same, or measure "
+            "anew into another file"
+        )
+    return dict(there)
 
 
 def check_baseline(here: float, there: float, where: str) -> None:

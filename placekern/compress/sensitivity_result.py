@@ -112,7 +112,8 @@ class Sensitivity:
         table.add_column("layer", overflow="fold")
         table.add_column("weights", justify="right")
         for setting, value in columns:
-            words = {BITS: f"{value:g} bits", SPARSITY: f"{value:.0%}", THRESHOLD: f"< {value:g}"}
+            shown = 100 * value if setting == SPARSITY else value
+            words = {BITS: f"{shown:g} bits", SPARSITY: f"{shown:g}%", THRESHOLD: f"< {shown:g}"}
             table.add_column(words[setting], justify="right")
         for layer in self.layers:
             rows = {(row.setting, row.value): row for row in self.of(layer)}

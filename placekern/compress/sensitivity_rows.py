@@ -16,10 +16,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..io.atomic import written_beside
+from .config import CompressConfig
 
 BITS, THRESHOLD, SPARSITY, DENSE = "bits", "threshold", "sparsity", "dense"
 SETTINGS = (BITS, THRESHOLD, SPARSITY)
 """What a row varies; a row of the setting "dense" is the network as it was."""
+KEPT = tuple(f.name for f in fields(CompressConfig) if f.name not in (*SETTINGS, "layers"))
+"""Fields of a `CompressConfig` that a row's config may have: how a layer is quantized."""
 
 _BETTER = {True: "larger", False: "smaller"}
 
@@ -43,7 +46,8 @@ class SensitivityRow:
         drop: how much worse that is than the dense network, positive for worse; infinite where the
             metric is not finite.
         larger_is_better: which way the metric goes.
-        config: further fields of the layer's `CompressConfig` that differ from the defaults.
+        config: further fields of the layer's `CompressConfig` that differ from the defaults; in the
+            dense row the identity that `sensitivity` was given.
     """
 
     layer: str
@@ -114,7 +118,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[SensitivityRow]:
             for cells in reader:
                 try:
                     rows.append(_row(cells))
-                except (ValueError, KeyError) as error:
+                except ValueError as error:
                     raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no CSV file: {error}") from None
@@ -135,9 +139,6 @@ def _row(cells: list[str]) -> SensitivityRow:
         raise ValueError(f"setting is {texts['setting']!r}, expected one of {', '.join(SETTINGS)}")
     if texts["larger_is_better"] not in _BETTER.values():
         raise ValueError(f"larger_is_better is {texts['larger_is_better']!r}")
-    config = json.loads(texts["config"])
-    if not isinstance(config, dict):
-        raise ValueError(f"config is {texts['config']}, expected a JSON object")
     return SensitivityRow(
         layer=texts["layer"],
         setting=texts["setting"],
@@ -150,5 +151,27 @@ def _row(cells: list[str]) -> SensitivityRow:
         metric=float(texts["metric"]),
         drop=float(texts["drop"]),
         larger_is_better=texts["larger_is_better"] == _BETTER[True],
-        config=config,
+        config=_config(texts["config"], dense=texts["setting"] == DENSE),
     )
+
+
+def _config(text: str, dense: bool) -> dict[str, Any]:
+    """A row's config, which a `CompressConfig` takes; of the `dense` row any JSON object."""
+    try:
+        config = json.loads(text)
+    except RecursionError:
+        raise ValueError("config is nested too deeply, expected fields and their values") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"config is {text:.80}, expected a JSON object")
+    if dense:
+        return config
+    unknown = [key for key in config if key not in KEPT]
+    if unknown:
+        raise ValueError(
+            f"config has the unknown key {unknown[0]!r:.80}, expected some of {', '.join(KEPT)}"
+        )
+    try:
+        CompressConfig(**config)
+    except (TypeError, RecursionError):  # a value of a kind that no field is compared with
+        raise ValueError(f"config is {text:.80}, expected plain values") from None
+    return config

@@ -12,14 +12,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from ..io.atomic import written_beside
-from ..io.sizes import planned_sizes
 from ..nn import COMPRESSED_KINDS
 from ..tables import as_text
 from .config import CompressConfig
@@ -47,7 +46,8 @@ class SuggestedLayer:
         settings: fields of its `CompressConfig`; None: it stays dense.
         density: share of its weights that are kept.
         dense_bytes: of its weight in the model.
-        bytes: of its weight in the file.
+        bytes: of its weight in the file, with the dense one where that stays there, because a
+            module that is not compressed has it too (a tied embedding).
         drop: of the metric that this layer is predicted to cost.
     """
 
@@ -124,7 +124,7 @@ class Suggestion:
             table.add_column(heading, justify="right")
         for layer in self.layers:
             how = layer.settings or {}
-            pruned = f"{how['sparsity']:.0%}" if "sparsity" in how else ""
+            pruned = f"{100 * how['sparsity']:g}%" if "sparsity" in how else ""
             if "threshold" in how:
                 pruned = f"< {how['threshold']:g}"
             table.add_row(
@@ -177,7 +177,7 @@ def suggest(
         TypeError: the metric gives no number.
         ValueError: not one of budget_mb and max_drop is given, or one out of range; the budget
             cannot be met (says what the smallest file is); no measured network kept to `max_drop`;
-            or the analysis is of another model or metric.
+            or the analysis is of another model or metric, or holds no layer.
     """
     if (budget_mb is None) == (max_drop is None):
         raise ValueError(
@@ -210,6 +210,8 @@ class _Planner:
         metric: Callable[[nn.Module], float] | None,
         progress: Callable[[str, int, int], None] | None,
     ) -> None:
+        if not found.layers:
+            raise ValueError("the analysis has no row but the dense network's; measure some layers")
         self._found, self._model, self._metric = found, model, metric
         self._progress = progress or (lambda what, done, total: None)
         modules = {
@@ -232,7 +234,10 @@ class _Planner:
                     "the model that was measured"
                 )
             self._progress("choices", done, len(found.layers))
-            self._choices.append(choices(found, layer, modules[layer], self.step))
+            own = choices(found, layer, modules[layer], self.step)
+            if _stays(model, weight := modules[layer].weight):
+                own = [c if c.settings is None else _beside(c, weight.nbytes) for c in own]
+            self._choices.append(own)
         self._progress("choices", len(found.layers), len(found.layers))
         self._dense = [modules[layer].weight.nbytes for layer in found.layers]
         self._written: dict[_Picks, tuple[int, float | None]] = {}
@@ -303,6 +308,8 @@ class _Planner:
                     best = picks
                 if picks == harshest:
                     break
+            elif all(choice.settings is None for choice in self._chosen(picks)):
+                break  # nothing is milder
             else:
                 high = target
             target = 2 * target if math.isinf(high) else (low + high) / 2
@@ -317,12 +324,7 @@ class _Planner:
     def measured(self, picks: _Picks) -> Suggestion:
         """The suggestion of some picks, measured when there is a metric."""
         if self._metric is not None and not self._is_measured(picks):
-            compressed = self._compressed(picks)
-            size = (
-                self._written[picks][0]
-                if picks in self._written
-                else planned_sizes(compressed).total
-            )
+            compressed, size = self._compressed(picks)
             self._written[picks] = (size, number(self._metric(compressed.eval())))
         return self.suggestion(picks)
 
@@ -368,12 +370,22 @@ class _Planner:
             settings |= dict.fromkeys(self._sharing[layer], choice.settings)
         return CompressConfig(layers=settings)
 
-    def _compressed(self, picks: _Picks) -> nn.Module:
+    def _compressed(self, picks: _Picks) -> tuple[nn.Module, int]:
+        """A compressed copy of the model, and the bytes of its file."""
         compressed = copy.deepcopy(self._model)
-        compress_(compressed, self._config(picks))
-        return compressed
+        return compressed, compress_(compressed, self._config(picks)).file_bytes
 
     def _size(self, picks: _Picks) -> int:
         if picks not in self._written:
-            self._written[picks] = (planned_sizes(self._compressed(picks)).total, None)
+            self._written[picks] = (self._compressed(picks)[1], None)
         return self._written[picks][0]
+
+
+def _stays(model: nn.Module, weight: Tensor) -> bool:
+    """Whether a module that is not compressed has a weight too: it is then in the file as it is."""
+    others = (module for module in model.modules() if type(module) not in COMPRESSED_KINDS)
+    return any(own is weight for module in others for own in module.parameters(recurse=False))
+
+
+def _beside(choice: Choice, size: int) -> Choice:
+    return replace(choice, bytes=choice.bytes + size)

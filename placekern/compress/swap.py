@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -54,16 +53,14 @@ def compress_(
             not finite or on the meta device; the model is then unchanged.
         Exception: whatever the model raises when the example does not fit it.
     """
-    if config is None:
-        config = CompressConfig()
-    elif not isinstance(config, CompressConfig):
-        config = CompressConfig.from_dict(config)
+    config = CompressConfig.of(config)
     if type(model) in COMPRESSED_KINDS:
         kind = COMPRESSED_KINDS[type(model)].__name__
         raise TypeError(
             f"compress_ cannot swap the model itself in place: it is a {type(model).__name__}; "
             f"use {kind}.from_float(model, config)"
         )
+    config.check_names(model)
     work = []
     for name, module in model.named_modules():
         if type(module) not in COMPRESSED_KINDS or (filter_fn and not filter_fn(module, name)):
@@ -74,11 +71,8 @@ def compress_(
         if own is not None:
             work.append((name, module, own))
 
-    unused = [key for key in config.layers if not _matches(model, key)]
-    if unused:
-        raise ValueError(f"layers[{unused[0]!r}] fits no layer of the model; check its spelling")
-
-    for name, layer in quant_sparse_layers(model):
+    earlier = list(quant_sparse_layers(model))
+    for name, layer in earlier:
         if layer.codebook.is_meta:
             raise ValueError(f"{name} is on the meta device and has no weights; load them first")
     # Everything is computed before anything is swapped: an error leaves the model as it was.
@@ -105,24 +99,31 @@ def compress_(
         swaps.append(
             (name, module, COMPRESSED_KINDS[type(module)].from_weight(weights[key], module))
         )
-    for _, module, layer in swaps:
-        replace_module(model, module, layer)
-    if progress:
-        progress("done", len(work), len(work))
-    file = planned_sizes(model, lambda weight: encoded.get(id(weight.codes)))
+    made = [(name, layer) for name, _, layer in swaps]
+    cost = None if seen is None else predict_layers(made, seen)
+    try:
+        for _, module, layer in swaps:
+            replace_module(model, module, layer)
+        if progress:
+            progress("done", len(work), len(work))
+        file = planned_sizes(model, lambda weight: encoded.get(id(weight.codes)))
+    except BaseException:
+        for _, module, layer in swaps:
+            replace_module(model, layer, module)
+        raise
     sizes = {row.name: row for row in file.layers}
     counted: set[int] = set()
+    rows = tuple(_row(m, layer, sizes[name], counted) for name, m, layer in swaps)
     return CompressReport(
-        layers=tuple(_row(m, layer, sizes[name], counted) for name, m, layer in swaps),
+        layers=rows,
         dense_bytes=sum(t.nbytes for t in before.values()),
         resident_bytes=sum(t.nbytes for t in _tensors(model).values()),
         disk_bytes=file.tensors,
         float32_bytes=float32_bytes,
         header_bytes=file.header,
         padding_bytes=file.padding,
-        cost=None
-        if seen is None
-        else predict_layers([(name, layer) for name, _, layer in swaps], seen),
+        cost=cost,
+        earlier=_sums(_parts(layer, sizes[name], counted) for name, layer in earlier),
     )
 
 
@@ -130,17 +131,9 @@ def _row(
     module: nn.Module, layer: QuantSparseModule, file: LayerSizes, counted: set[int]
 ) -> LayerReport:
     """A layer's row; what an earlier one has `counted` is not its own."""
-
-    def own(tensor: Tensor | None) -> int:
-        if tensor is None or id(tensor) in counted:
-            return 0
-        counted.add(id(tensor))
-        return tensor.nbytes
-
     weight = layer.weight
-    dense, bias, codebook = own(module.weight), own(layer.bias), own(weight.codebook)
-    row_ptr, positions, codes = own(weight.row_ptr), own(weight.positions), own(weight.codes)
-    padding = READ_PADDING if codes else 0
+    dense = _own(module.weight, counted)
+    parts = _parts(layer, file, counted)
     return LayerReport(
         name=file.name,
         kind=type(module).__name__,
@@ -148,20 +141,47 @@ def _row(
         bits=layer.bits,
         nnz=weight.nnz,
         relative_error=_relative_error(module.weight, weight),
-        dense_bytes=bias + dense,
-        resident_bytes=bias + codebook + row_ptr + positions + codes,
-        disk_bytes=file.total,
-        positions_bytes=file.positions,
-        codes_bytes=file.codes,
-        codebook_bytes=file.codebook,
-        bias_bytes=file.bias,
-        positions_bound=file.positions_bound,
-        codes_bound=file.codes_bound,
-        resident_positions_bytes=positions - padding,
-        resident_codes_bytes=codes - padding,
-        row_ptr_bytes=row_ptr,
-        read_padding_bytes=2 * padding,
+        dense_bytes=dense + parts["bias_bytes"],
+        **parts,
     )
+
+
+def _parts(layer: QuantSparseModule, file: LayerSizes, counted: set[int]) -> dict[str, Any]:
+    """What a layer takes in the file and in memory, by the names of a `LayerReport`."""
+    weight = layer.weight
+    bias, codebook = _own(layer.bias, counted), _own(weight.codebook, counted)
+    arrays = (weight.row_ptr, weight.positions, weight.codes)
+    row_ptr, positions, codes = (_own(array, counted) for array in arrays)
+    padding = READ_PADDING if codes else 0
+    return {
+        "resident_bytes": bias + codebook + row_ptr + positions + codes,
+        "disk_bytes": file.total,
+        "positions_bytes": file.positions,
+        "codes_bytes": file.codes,
+        "codebook_bytes": file.codebook,
+        "bias_bytes": file.bias,
+        "positions_bound": file.positions_bound,
+        "codes_bound": file.codes_bound,
+        "resident_positions_bytes": positions - padding,
+        "resident_codes_bytes": codes - padding,
+        "row_ptr_bytes": row_ptr,
+        "read_padding_bytes": 2 * padding,
+    }
+
+
+def _own(tensor: Tensor | None, counted: set[int]) -> int:
+    """Bytes of a tensor that is not `counted` yet; it then is."""
+    if tensor is None or id(tensor) in counted:
+        return 0
+    counted.add(id(tensor))
+    return tensor.nbytes
+
+
+def _sums(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    sums: dict[str, Any] = {}
+    for row in rows:
+        sums |= {name: sums.get(name, 0) + size for name, size in row.items()}
+    return sums
 
 
 def _float32_bytes(model: nn.Module, tensors: Mapping[int, Tensor]) -> int:
@@ -190,12 +210,3 @@ def _tensors(model: nn.Module) -> dict[int, Tensor]:
     """All tensors of the model that exist, each once."""
     tensors = (*model.parameters(), *model.buffers())
     return {id(tensor): tensor for tensor in tensors if not is_lazy(tensor)}
-
-
-def _matches(model: nn.Module, key: str) -> bool:
-    # A type may be absent, so that one config serves many models; a name that is, is misspelt.
-    return key in [kind.__name__ for kind in COMPRESSED_KINDS] or any(
-        fnmatch.fnmatchcase(name, key)
-        for name, module in model.named_modules()
-        if type(module) in COMPRESSED_KINDS
-    )

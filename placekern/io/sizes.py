@@ -251,7 +251,7 @@ def file_sizes(path: str | os.PathLike[str]) -> FileSizes:
 
 def _header_bytes(tensors: Mapping[str, Tensor], text: str) -> tuple[int, int]:
     """Bytes of a safetensors header for these tensors and our entry, and of its padding."""
-    empty = {name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()}
+    empty = {name: torch.empty(0, dtype=t.dtype, device="cpu") for name, t in tensors.items()}
     raw = safetensors.torch.save(empty, {stored.METADATA: text})
     header = json.loads(raw[_PREFIX : _PREFIX + int.from_bytes(raw[:_PREFIX], "little")])
     end = 0

@@ -129,8 +129,18 @@ def whiten_(
         images = _Subset(images, _draw(len(images), _WHITENING_IMAGES, generator))
     descriptors = describe(model, images, batch_size, progress)
     if dim == "auto":
-        dim = max(1, min(len(descriptors) // 3, descriptors.shape[1], _WHITENING_OUTPUTS))
+        dim = auto_dim(len(descriptors), descriptors.shape[1])
     return model.set_whitening(*fit_whitening(descriptors, dim))
+
+
+def auto_dim(references: int, inputs: int) -> int:
+    """The outputs that "auto" stands for in `whiten_`.
+
+    Args:
+        references: how many there are.
+        inputs: length of a descriptor before the whitening.
+    """
+    return max(1, min(min(references, _WHITENING_IMAGES) // 3, inputs, _WHITENING_OUTPUTS))
 
 
 class _Subset(Sequence[Tensor]):

@@ -25,8 +25,10 @@ from placekern.compress import Recipe, RecipeConfig, fit
 from placekern.compress.fine_tune import FineTune
 from placekern.compress.recipe_report import RecipeReport
 from placekern.compress.train import FitStep
+from placekern.vpr.digest import state_digest, tensor_digest
 from placekern.vpr.draws import ImageDraws, PlaceDraws
 from placekern.vpr.fit import init_netvlad_
+from placekern.vpr.losses import multi_similarity_loss
 from placekern.vpr.retrieve import device_of
 
 Progress = Callable[[str, int, int], None]
@@ -53,46 +55,18 @@ class TrainingRecord:
     report: RecipeReport | None = field(default=None, repr=False)
 
 
-def multi_similarity_loss(
-    descriptors: Tensor,
-    labels: Tensor,
-    alpha: float = 2.0,
-    beta: float = 40.0,
-    base: float = 0.5,
-    margin: float = 0.1,
-) -> Tensor:
-    """Multi-similarity loss with its pair mining (Wang et al., CVPR 2019, equations 8, 9 and 15).
+def check_recipe(recipe: RecipeConfig, steps: int) -> None:
+    """Raises where a recipe is not done when a run is over.
 
-    Args:
-        descriptors: [n, D] of unit length.
-        labels: [n] int64, the place of each; at least two places, and one of them twice.
-        alpha, beta: how steeply pairs of one place and of two places are weighed.
-        base: the cosine similarity below which a pair of one place is penalised, and above which a
-            pair of two places is.
-        margin: a pair is used when it is within `margin` of the hardest pair of the other sort.
-
-    Returns:
-        The loss, a scalar; 0 where no pair is left. Anchors without a used pair count as 0.
+    Raises:
+        ValueError: says until when it prunes and quantizes.
     """
-    similarity = descriptors @ descriptors.T
-    same = labels[:, None] == labels[None, :]
-    positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    negative = ~same
-    mined = similarity.detach()
-    hardest_negative = mined.masked_fill(~negative, -math.inf).amax(1, keepdim=True)
-    hardest_positive = mined.masked_fill(~positive, math.inf).amin(1, keepdim=True)
-    positive = positive & (mined - margin < hardest_negative)
-    negative = negative & (mined + margin > hardest_positive)
-    # log(1 + sum exp(x)) over the used pairs, as a logsumexp with one zero added.
-    pull = _softplus_sum(-alpha * (similarity - base), positive) / alpha
-    push = _softplus_sum(beta * (similarity - base), negative) / beta
-    return (pull + push).mean()
-
-
-def _softplus_sum(exponents: Tensor, used: Tensor) -> Tensor:
-    exponents = exponents.masked_fill(~used, -math.inf)
-    zero = exponents.new_zeros(len(exponents), 1)
-    return torch.logsumexp(torch.cat([exponents, zero], dim=1), dim=1)
+    due = max(recipe.pruning.last(1), recipe.quantize_at or 0)
+    if due > steps:
+        raise ValueError(
+            f"the recipe prunes and quantizes until step {due}, but the run has {steps} "
+            "steps: let it train longer, or the recipe be done sooner"
+        )
 
 
 def train(
@@ -183,7 +157,13 @@ def train(
     return run(
         PlaceDraws(images, members, places, views, run.batches, seed),
         loss,
-        settings={"loss": "places", "images": len(images), "places": places, "views": views},
+        settings={
+            "loss": "places",
+            **_of_images(images),
+            "labels": tensor_digest(labels),
+            "places": places,
+            "views": views,
+        },
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         seed=seed,
@@ -198,6 +178,7 @@ def distill(
     teacher: nn.Module,
     images: Tensor | Sequence[Tensor],
     *,
+    teacher_name: str | None = None,
     steps: int = 60,
     batch_size: int = 36,
     learning_rate: float = 2e-3,
@@ -226,6 +207,9 @@ def distill(
             left as it is.
         images: float32 [n, 3, H, W] in [0, 1], or a sequence, as in `train`; mirrored ones are used
             too.
+        teacher_name: what a checkpoint knows the teacher by, which must be the same in a run that
+            goes on from it. None: a digest of its state dict. Give one where the teacher is fitted
+            anew for each run, as its last bits then depend on the number of threads.
         steps: optimiser steps.
         batch_size: images of a step.
         learning_rate, seconds, keep_zeros, seed: as in `train`.
@@ -246,6 +230,8 @@ def distill(
         )
     if teacher is model:
         raise ValueError("the teacher is the model itself, which changes: give a copy.deepcopy")
+    if teacher_name is None:
+        teacher_name = state_digest(teacher)
     run = _Run("fine-tune", model, steps, learning_rate, seconds, keep_zeros, recipe)
     device = device_of(model)
 
@@ -267,7 +253,12 @@ def distill(
         return run(
             ImageDraws(images, batch_size, run.batches, seed),
             loss,
-            settings={"loss": "distill", "images": len(images), "batch": batch_size},
+            settings={
+                "loss": "distill",
+                **_of_images(images),
+                "batch": batch_size,
+                "teacher": teacher_name,
+            },
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             seed=seed,
@@ -302,12 +293,7 @@ class _Run:
         if recipe is not None and not isinstance(recipe, RecipeConfig):
             recipe = RecipeConfig.from_dict(recipe)
         if recipe is not None:
-            due = max(recipe.pruning.last(1), recipe.quantize_at or 0)
-            if due > steps:
-                raise ValueError(
-                    f"the recipe prunes and quantizes until step {due}, but the run has {steps} "
-                    "steps: let it train longer, or the recipe be done sooner"
-                )
+            check_recipe(recipe, steps)
         self._label = label
         self._model = model
         self._steps = steps
@@ -376,6 +362,11 @@ class _Run:
 
     def _labelled(self, progress: Progress) -> Progress:
         return lambda phase, step, steps: progress(self._label, step, steps)
+
+
+def _of_images(images: Tensor | Sequence[Tensor]) -> dict[str, Any]:
+    """What a checkpoint knows images by: how many, and the shape of one."""
+    return {"images": len(images), "image": list(images[0].shape)}
 
 
 def _shape(images: Tensor | Sequence[Tensor]) -> str:
