@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _LETTERS = 16
+_PIECE = 1 << 20
 
 
 def state_digest(model: nn.Module) -> str:
@@ -37,8 +38,11 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     Raises:
         OSError: the file cannot be read.
     """
+    found = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_LETTERS]
+        while piece := file.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest()[:_LETTERS]
 
 
 def _add(found: hashlib._Hash, tensor: Tensor) -> None:
