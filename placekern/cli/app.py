@@ -16,6 +16,7 @@ from rich.table import Table
 import placekern as pk
 
 from .. import _native
+from ..codebook import codebooks_of
 from ..io import FileSizes, export_layers, file_sizes, read_header, save_deep_compression
 from ..io.file import tensor_names
 from ..io.stored import StoredFile
@@ -37,13 +38,18 @@ from .sensitivity import sensitivity, suggest
 from .settings import (
     Bits,
     Config,
+    Dataset,
+    Distance,
     EntropyLambda,
+    GroundTruth,
     GroupSize,
     Json,
     Method,
+    Queries,
     Size,
     Sparsity,
     Threshold,
+    Weights,
     compress_config,
     image_size,
 )
@@ -157,7 +163,7 @@ def _codebooks(file: Path, sizes: FileSizes) -> dict[str, int]:
     with StoredFile(file) as stored:
         for layer in sizes.layers:
             shape = stored.shape(tensor_names(layer.shares or layer.name)["codebook"])
-            counts[layer.name] = shape[0] if len(shape) == 2 else 1
+            counts[layer.name] = codebooks_of(shape)
     return counts
 
 
@@ -167,10 +173,7 @@ def compress(
         str, typer.Argument(help='"<backbone>-netvlad", or a .safetensors written by placekern.')
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Weights: .npz (SqueezeNet), .mat (NetVLAD structs), .safetensors."),
-    ] = None,
+    weights: Weights = None,
     references: Annotated[
         Path | None,
         typer.Option(
@@ -251,16 +254,11 @@ def export(
 @app.command(name="evaluate")
 def evaluate_file(
     file: Annotated[Path, typer.Argument(help="A .safetensors file written by placekern.")],
-    dataset: Annotated[
-        Path | None, typer.Option(help="Folder with query/, ref/ and ground_truth.csv.")
-    ] = None,
-    queries: Annotated[Path | None, typer.Option(help="Folder of query images.")] = None,
+    dataset: Dataset = None,
+    queries: Queries = None,
     references: Annotated[Path | None, typer.Option(help="Folder of reference images.")] = None,
-    ground_truth: Annotated[
-        Path | None,
-        typer.Option(help='.csv "query,ref_matches"; without it, UTM in the file names counts.'),
-    ] = None,
-    distance: Annotated[float, typer.Option(help="Metres within which a match is right.")] = 25.0,
+    ground_truth: GroundTruth = None,
+    distance: Distance = 25.0,
     picture: Annotated[
         Path | None, typer.Option(help="Writes queries beside what they retrieved, as PNG.")
     ] = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -38,6 +39,17 @@ def progress_bars(quiet: bool = False) -> Iterator[Callable[[str, int, int], Non
             bars.update(task, completed=done, total=total)
 
         yield progress
+
+
+@contextmanager
+def told_to_go_on(kept: Path | None) -> Iterator[None]:
+    """After Ctrl-C, says that the file `kept` (where it is there) lets the same command go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept is not None and kept.exists():
+            err.print(f"{kept} is kept: run the same command again to go on", markup=False)
+        raise
 
 
 def print_json(value: Any) -> None:

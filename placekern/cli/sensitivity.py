@@ -34,11 +34,16 @@ from .inputs import (
 )
 from .settings import (
     Config,
+    Dataset,
+    Distance,
     EntropyLambda,
+    GroundTruth,
     GroupSize,
     Json,
     Method,
+    Queries,
     Size,
+    Weights,
     compress_config,
     image_size,
 )
@@ -53,22 +58,9 @@ _NAMES = {
 _Network = Annotated[
     str, typer.Argument(help='"<backbone>-netvlad", or a dense .safetensors of placekern.')
 ]
-_Weights = Annotated[
-    Path | None,
-    typer.Option(help="Weights: .npz (SqueezeNet), .mat (NetVLAD structs), .safetensors."),
-]
-_Dataset = Annotated[
-    Path | None, typer.Option(help="Folder with query/, ref/ and ground_truth.csv.")
-]
-_Queries = Annotated[Path | None, typer.Option(help="Folder of query images.")]
 _References = Annotated[
     Path | None, typer.Option(help="Folder of reference images; enough by itself for cosine.")
 ]
-_GroundTruth = Annotated[
-    Path | None,
-    typer.Option(help='.csv "query,ref_matches"; without it, UTM in the file names counts.'),
-]
-_Distance = Annotated[float, typer.Option(help="Metres within which a match is right.")]
 _MetricName = Annotated[
     str,
     typer.Option(
@@ -88,12 +80,12 @@ def sensitivity(
             help="Folder for sensitivity.csv and .png. A file that is there is gone on with.",
         ),
     ],
-    weights: _Weights = None,
-    dataset: _Dataset = None,
-    queries: _Queries = None,
+    weights: Weights = None,
+    dataset: Dataset = None,
+    queries: Queries = None,
     references: _References = None,
-    ground_truth: _GroundTruth = None,
-    distance: _Distance = 25.0,
+    ground_truth: GroundTruth = None,
+    distance: Distance = 25.0,
     metric: _MetricName = "recall",
     bits: Annotated[
         str, typer.Option(help='Bits to try without pruning, such as "8,5,4"; "" for none.')
@@ -138,23 +130,16 @@ def sensitivity(
     )
     output.mkdir(parents=True, exist_ok=True)
     table_file, picture = output / "sensitivity.csv", output / "sensitivity.png"
-    try:
-        with _one_bar("layers and settings") as progress:
-            found = measure(
-                model,
-                measured,
-                **tried,
-                config=how,
-                resume=table_file,
-                identity=identity,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        if table_file.exists():
-            console.err.print(
-                f"{table_file} is kept: run the same command again to go on", markup=False
-            )
-        raise
+    with console.told_to_go_on(table_file), _one_bar("layers and settings") as progress:
+        found = measure(
+            model,
+            measured,
+            **tried,
+            config=how,
+            resume=table_file,
+            identity=identity,
+            progress=progress,
+        )
     drawn = find_spec("matplotlib") is not None
     if drawn:
         found.plot(picture, f"{network}: each layer alone pruned or quantized", _NAMES[metric])
@@ -188,12 +173,12 @@ def suggest(
     max_drop: Annotated[
         float | None, typer.Option(help="Largest drop of the metric; the file gets small.")
     ] = None,
-    weights: _Weights = None,
-    dataset: _Dataset = None,
-    queries: _Queries = None,
+    weights: Weights = None,
+    dataset: Dataset = None,
+    queries: Queries = None,
     references: _References = None,
-    ground_truth: _GroundTruth = None,
-    distance: _Distance = 25.0,
+    ground_truth: GroundTruth = None,
+    distance: Distance = 25.0,
     metric: _MetricName = "recall",
     evaluations: Annotated[
         int, typer.Option(min=1, help="Networks to measure at most, for --max-drop.")

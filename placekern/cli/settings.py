@@ -26,6 +26,19 @@ Config = Annotated[
     Path | None,
     typer.Option(help="All of this, and exceptions by layer: CompressConfig as JSON or YAML."),
 ]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Weights: .npz (SqueezeNet), .mat (NetVLAD structs), .safetensors."),
+]
+Dataset = Annotated[
+    Path | None, typer.Option(help="Folder with query/, ref/ and ground_truth.csv.")
+]
+Queries = Annotated[Path | None, typer.Option(help="Folder of query images.")]
+GroundTruth = Annotated[
+    Path | None,
+    typer.Option(help='.csv "query,ref_matches"; without it, UTM in the file names counts.'),
+]
+Distance = Annotated[float, typer.Option(help="Metres within which a match is right.")]
 Size = Annotated[
     str | None, typer.Option(help='Resize images to "HEIGHTxWIDTH" pixels; default: as they are.')
 ]

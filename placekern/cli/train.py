@@ -40,6 +40,7 @@ from .settings import (
     Size,
     Sparsity,
     Threshold,
+    Weights,
     compress_config,
     image_size,
     refuse_options,
@@ -56,10 +57,7 @@ def train(
     images: Annotated[
         Path, typer.Option(help="Folder of images to train on; labelled by a subfolder a place.")
     ],
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Weights: .npz (SqueezeNet), .mat (NetVLAD structs), .safetensors."),
-    ] = None,
+    weights: Weights = None,
     loss: Annotated[
         str | None,
         typer.Option(
@@ -147,7 +145,9 @@ def train(
     guide = None if teacher is None else pk.load(teacher).to(torch.device(device))
     # The network is its own teacher once it is fitted, but what is fitted again has other last bits
     # with another number of threads: what goes into the fit is what stays the same.
-    name = f"{state_digest(model)}, seed {seed}" if teacher is None else file_digest(teacher)
+    name = None
+    if loss == "distill" and checkpoint is not None:
+        name = f"{state_digest(model)}, seed {seed}" if teacher is None else file_digest(teacher)
     model.to(torch.device(device))
 
     labelled = f" of {len(data.places)} places" if data.labels is not None else ""
@@ -166,36 +166,29 @@ def train(
         "seed": seed,
         "workers": workers,
     }
-    try:
-        with _training_bar() as on_step:
-            if loss == "places":
-                record = train_on_places(
-                    model,
-                    data.images,
-                    data.labels,
-                    places=batch_size // _VIEWS,
-                    views=_VIEWS,
-                    initialise=False,
-                    on_step=on_step,
-                    **shared,
-                )
-            else:
-                guide = guide or copy.deepcopy(model)
-                record = distill(
-                    model,
-                    guide,
-                    data.images,
-                    teacher_name=name,
-                    batch_size=batch_size,
-                    on_step=on_step,
-                    **shared,
-                )
-    except KeyboardInterrupt:
-        if checkpoint is not None and checkpoint.exists():
-            console.err.print(
-                f"{checkpoint} is kept: run the same command again to go on", markup=False
+    with console.told_to_go_on(checkpoint), _training_bar() as on_step:
+        if loss == "places":
+            record = train_on_places(
+                model,
+                data.images,
+                data.labels,
+                places=batch_size // _VIEWS,
+                views=_VIEWS,
+                initialise=False,
+                on_step=on_step,
+                **shared,
             )
-        raise
+        else:
+            guide = guide or copy.deepcopy(model)
+            record = distill(
+                model,
+                guide,
+                data.images,
+                teacher_name=name,
+                batch_size=batch_size,
+                on_step=on_step,
+                **shared,
+            )
     written = pk.save(model, output)
     if kept is not None:
         kept.unlink(missing_ok=True)

@@ -230,7 +230,7 @@ def distill(
         )
     if teacher is model:
         raise ValueError("the teacher is the model itself, which changes: give a copy.deepcopy")
-    if teacher_name is None:
+    if teacher_name is None and checkpoint is not None:
         teacher_name = state_digest(teacher)
     run = _Run("fine-tune", model, steps, learning_rate, seconds, keep_zeros, recipe)
     device = device_of(model)
