@@ -23,7 +23,7 @@ from .param_groups import add_codebook_groups, group_of, replace_weights
 from .recipe_config import RecipeConfig, without_pruning
 from .recipe_report import RecipeLayer, RecipeReport, read_report
 from .report import CompressReport
-from .swap import compress_
+from .swap import check_model, compress_
 from .trained import TrainedCodebook
 
 
@@ -93,8 +93,7 @@ class Recipe:
         self.steps = 0
         self.phase = "dense"
         self._prepared = False
-        # Checks the model and the names in the config; swaps nothing.
-        compress_(model, config.compress, lambda module, name: False)
+        check_model(model, config.compress)
         self._dense = self._find(filter_fn)
         self._owners: dict[str, str] = {}
         self._codebooks: dict[str, TrainedCodebook] = {}

@@ -54,13 +54,7 @@ def compress_(
         Exception: whatever the model raises when the example does not fit it.
     """
     config = CompressConfig.of(config)
-    if type(model) in COMPRESSED_KINDS:
-        kind = COMPRESSED_KINDS[type(model)].__name__
-        raise TypeError(
-            f"compress_ cannot swap the model itself in place: it is a {type(model).__name__}; "
-            f"use {kind}.from_float(model, config)"
-        )
-    config.check_names(model)
+    check_model(model, config)
     work = []
     for name, module in model.named_modules():
         if type(module) not in COMPRESSED_KINDS or (filter_fn and not filter_fn(module, name)):
@@ -72,9 +66,6 @@ def compress_(
             work.append((name, module, own))
 
     earlier = list(quant_sparse_layers(model))
-    for name, layer in earlier:
-        if layer.codebook.is_meta:
-            raise ValueError(f"{name} is on the meta device and has no weights; load them first")
     # Everything is computed before anything is swapped: an error leaves the model as it was.
     seen = None if example is None else passes(model, example)
     before = _tensors(model)
@@ -125,6 +116,26 @@ def compress_(
         cost=cost,
         earlier=_sums(_parts(layer, sizes[name], counted) for name, layer in earlier),
     )
+
+
+def check_model(model: nn.Module, config: CompressConfig) -> None:
+    """Proves that a model can be compressed in place by a config, as far as that is quickly seen.
+
+    Raises:
+        TypeError: the model is itself a Conv2d or Linear layer.
+        ValueError: the config names a layer that is not there, or a layer that is compressed
+            already is on the meta device.
+    """
+    if type(model) in COMPRESSED_KINDS:
+        kind = COMPRESSED_KINDS[type(model)].__name__
+        raise TypeError(
+            f"compress_ cannot swap the model itself in place: it is a {type(model).__name__}; "
+            f"use {kind}.from_float(model, config)"
+        )
+    config.check_names(model)
+    for name, layer in quant_sparse_layers(model):
+        if layer.codebook.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no weights; load them first")
 
 
 def _row(
