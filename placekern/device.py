@@ -26,6 +26,8 @@ _EXACT_COLUMNS = 8  # float32 without TF32: beyond this the dense library is qui
 _MATMUL_COLUMNS = 64
 _MATMUL_PIXELS = 512  # of a convolution
 
+_COMPUTED = frozenset((torch.float32, torch.float16, torch.bfloat16))
+
 
 def linear(weight: _native.Weight, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """y [N, M] in x's dtype, from x [N, K]: float32, float16 or bfloat16.
@@ -37,7 +39,7 @@ def linear(weight: _native.Weight, x: Tensor, bias: Tensor | None, relu: bool) -
     check("linear", x, weight, bias)
     N = x.shape[0]
     way = _native.way()
-    tensor_cores = has_tensor_cores(x, _tf32_matmul())
+    tensor_cores = has_tensor_cores(x, x.dtype == torch.float32 and _tf32_matmul())
     direct_columns = _DIRECT_COLUMNS if tensor_cores else _EXACT_COLUMNS
     few = direct_columns >= N
     one = weight.codebooks == 1
@@ -70,7 +72,7 @@ def _linear_by_slices(weight: _native.Weight, x: Tensor, bias: Tensor | None) ->
 
 def conv2d(
     weight: _native.Weight,
-    shape: dict[str, int],
+    shape: _native.ConvShape,
     padding: list[int],
     x: Tensor,
     bias: Tensor | None,
@@ -81,7 +83,7 @@ def conv2d(
 
     Args:
         weight: [M, C / groups * kernel_h * kernel_w].
-        shape: the fields of ConvShape.
+        shape: its sizes.
         padding: (top, bottom, left, right) in pixels.
         x: float32, float16 or bfloat16.
         bias: floating [M] or None.
@@ -97,10 +99,11 @@ def conv2d(
     """
     check("conv2d", x, weight, bias)
     way = _native.way()
-    N = shape["batch"] * shape["out_height"] * shape["out_width"]
+    N = shape.batch * shape.pixels
     small = N <= _MATMUL_PIXELS or way == "direct"
-    tensor_cores = has_tensor_cores(x, _tf32_conv()) and weight.codebooks == 1
-    if way != "decode" and small and shape["groups"] == 1 and tensor_cores and addressable(x):
+    tensor_cores = has_tensor_cores(x, x.dtype == torch.float32 and _tf32_conv())
+    tensor_cores = tensor_cores and weight.codebooks == 1
+    if way != "decode" and small and shape.groups == 1 and tensor_cores and addressable(x):
         source = _native.Source(x, shape=shape)
         splits = _matmul_splits(weight, x, N)
         while splits <= _steps(weight):
@@ -114,22 +117,18 @@ def conv2d(
 
 def _conv2d_by_slices(
     weight: _native.Weight,
-    shape: dict[str, int],
+    shape: _native.ConvShape,
     padding: list[int],
     x: Tensor,
     bias: Tensor | None,
     y: Tensor,
 ) -> Tensor:
     image, even_padding = padded(x, padding)
-    kernel = (shape["channels"], shape["kernel_h"], shape["kernel_w"])
-    steps = (
-        (shape["stride_h"], shape["stride_w"]),
-        even_padding,
-        (shape["dilation_h"], shape["dilation_w"]),
-    )
+    stride, dilation = shape.steps
+    steps = (stride, even_padding, dilation)
     for channels, rows, dense, groups in group_slices(weight, shape, x):
         offset = None if bias is None else bias[rows].to(x.dtype)
-        result = F.conv2d(image[:, channels], dense.view(-1, *kernel), offset, *steps, groups)
+        result = F.conv2d(image[:, channels], dense.view(-1, *shape.kernel), offset, *steps, groups)
         if dense.shape[0] == weight.M:
             return result
         y[:, rows] = result
@@ -145,23 +144,23 @@ def padded(x: Tensor, padding: list[int]) -> tuple[Tensor, tuple[int, int]]:
 
 
 def group_slices(
-    weight: _native.Weight, shape: dict[str, int], x: Tensor
+    weight: _native.Weight, shape: _native.ConvShape, x: Tensor
 ) -> Iterator[tuple[slice, slice, Tensor, int]]:
     """Decoded slices of a convolution: channels of x, rows of the weight, the slice, its groups.
 
     A slice is the whole weight with all its groups, or some rows of one group.
     """
-    per_group = weight.M // shape["groups"]
+    per_group = weight.M // shape.groups
     for first, dense in slices(weight, x):
         if dense.shape[0] == weight.M:
-            yield slice(None), slice(None), dense, shape["groups"]
+            yield slice(None), slice(None), dense, shape.groups
             return
         last = first + dense.shape[0]
         start = first
         while start < last:  # a slice may hold the end of one group and the start of the next
             group = start // per_group
             stop = min(last, (group + 1) * per_group)
-            channels = slice(group * shape["channels"], (group + 1) * shape["channels"])
+            channels = slice(group * shape.channels, (group + 1) * shape.channels)
             yield channels, slice(start, stop), dense[start - first : stop - first], 1
             start = stop
 
@@ -183,15 +182,18 @@ def check(
     """Refuses what no CUDA kernel computes.
 
     Raises:
-        NotImplementedError: x, the codebook or the bias is float64.
+        NotImplementedError: x, the codebook or the bias is float64, or of eight bits.
         RuntimeError: placekern was built without CUDA.
     """
-    codebook = None if weight is None else weight.codebook
+    codebook = x if weight is None else weight.codebook
+    usual = x.dtype in _COMPUTED and codebook.dtype in _COMPUTED
+    if usual and (bias is None or bias.dtype in _COMPUTED) and _native.has_cuda():
+        return
     for name, tensor in (("x", x), ("the codebook", codebook), ("the bias", bias)):
-        if tensor is not None and tensor.dtype == torch.float64:
-            raise NotImplementedError(
-                f"{op}: {name} is float64, which runs on the CPU only; use float32 on CUDA"
-            )
+        if tensor is not None and tensor.dtype not in _COMPUTED:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            where = ", which runs on the CPU only" if tensor.dtype == torch.float64 else ""
+            raise NotImplementedError(f"{op}: {name} is {dtype}{where}; use float32 on CUDA")
     if not _native.has_cuda():
         raise RuntimeError(
             f"{op} on a CUDA device, but placekern was built without CUDA; "
@@ -248,15 +250,15 @@ def _output_rows(
 
 def _output_image(
     weight: _native.Weight,
-    shape: dict[str, int],
+    shape: _native.ConvShape,
     y: Tensor,
     bias: Tensor | None,
     relu: bool,
     splits: int,
 ) -> _native.Output:
     # y is contiguous or channels_last, so its pixels are a constant stride apart.
-    pixels = shape["out_height"] * shape["out_width"]
-    N = shape["batch"] * pixels
+    pixels = shape.pixels
+    N = shape.batch * pixels
     image_stride, row_stride = pixels * weight.M, y.stride(1)
     pixel_stride = 1 if row_stride != 1 else weight.M
     if weight.M == 1 or pixels == 1:  # strides of a dimension of size 1 say nothing

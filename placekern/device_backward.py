@@ -68,7 +68,7 @@ def linear_backward(
 
 def conv2d_backward(
     weight: _native.Weight,
-    shape: dict[str, int],
+    shape: _native.ConvShape,
     padding: list[int],
     x: Tensor,
     grad_y: Tensor,
@@ -78,7 +78,7 @@ def conv2d_backward(
 
     Args:
         weight: [M, C / groups * kernel_h * kernel_w].
-        shape: the fields of ConvShape.
+        shape: its sizes.
         padding: (top, bottom, left, right) in pixels.
         x: float32, float16 or bfloat16; any strides.
         grad_y: [batch, M, out_h, out_w], of x's dtype.
@@ -92,8 +92,8 @@ def conv2d_backward(
     grad_x = _grad_image(weight, shape, padding, x, grad_y) if wanted[0] else None
     if not wanted[1]:
         return grad_x, None
-    pixels = shape["out_height"] * shape["out_width"]
-    N = shape["batch"] * pixels
+    pixels = shape.pixels
+    N = shape.batch * pixels
     if not device.addressable(x):
         raise ValueError(
             f"conv2d_backward: x {tuple(x.shape)} with strides {x.stride()} reaches over 2^31 "
@@ -104,11 +104,11 @@ def conv2d_backward(
     strides = _native.GradY(image, pixels, pixels * weight.M, 1, pixels)
 
     def part(group: int, first: int, rows: int) -> Tensor:
-        channels = slice(group * shape["channels"], (group + 1) * shape["channels"])
+        channels = slice(group * shape.channels, (group + 1) * shape.channels)
         source = _native.Source(x[:, channels], shape=shape)
         return _native.device_codebook_gradient(weight, source, strides, N, first, rows)
 
-    runs = _runs(weight, shape["groups"])
+    runs = _runs(weight, shape.groups)
     parts = ((codebook, part(group, first, rows)) for group, codebook, first, rows in runs)
     return grad_x, _sums(weight, x, parts)
 
@@ -160,7 +160,7 @@ def _grad_rows(weight: _native.Weight, grad_y: Tensor) -> Tensor:
 
 def _grad_image(
     weight: _native.Weight,
-    shape: dict[str, int],
+    shape: _native.ConvShape,
     padding: list[int],
     x: Tensor,
     grad_y: Tensor,
@@ -171,17 +171,13 @@ def _grad_image(
     if not even:  # the gradient of the padded image, cut out below
         size[2] += top + bottom
         size[3] += left + right
-    kernel = (shape["channels"], shape["kernel_h"], shape["kernel_w"])
-    steps = (
-        (shape["stride_h"], shape["stride_w"]),
-        (top, left) if even else (0, 0),
-        (shape["dilation_h"], shape["dilation_w"]),
-    )
+    stride, dilation = shape.steps
+    steps = (stride, (top, left) if even else (0, 0), dilation)
     total = None
     for channels, rows, dense, groups in device.group_slices(weight, shape, grad_y):
-        own = [size[0], dense.shape[1] // (kernel[1] * kernel[2]) * groups, *size[2:]]
+        own = [size[0], shape.channels * groups, *size[2:]]
         part = torch.nn.grad.conv2d_input(
-            own, dense.view(-1, *kernel), grad_y[:, rows], *steps, groups
+            own, dense.view(-1, *shape.kernel), grad_y[:, rows], *steps, groups
         )
         if dense.shape[0] == weight.M:
             total = part

@@ -81,6 +81,19 @@ class QuantSparseModule(nn.Module):
         book = weight.codebook
         self.codebook = book if isinstance(book, nn.Parameter) else nn.Parameter(book)
 
+    def _arrays(self) -> tuple[Any, ...]:
+        """The weight as the ops take it; `weight` makes an object, which a call has no use for."""
+        buffers = self._buffers
+        return (
+            buffers["row_ptr"],
+            buffers["positions"],
+            buffers["codes"],
+            self.codebook,  # by name: torch's parametrizations put an attribute in its place
+            self._shape[1],
+            self.bits,
+            int(self._layout),
+        )
+
     def _other_groups(self, weight: QuantSparseWeight) -> str:
         """Why a weight with codebooks of another shape does not fit, and what to do."""
         own, size = tuple(self.codebook.shape), weight.group_size

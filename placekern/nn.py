@@ -90,7 +90,7 @@ class QuantSparseLinear(QuantSparseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] of x [..., in_features]."""
-        return ops.linear(x, self.weight, self.bias, relu=self.relu)
+        return ops.linear_op(x, *self._arrays(), self.bias, self.relu)
 
     def to_dense(self) -> nn.Linear:
         """The same layer as an `nn.Linear`, weights decoded."""
@@ -209,16 +209,16 @@ class QuantSparseConv2d(QuantSparseModule):
             top, bottom, left, right = padding
             image = F.pad(image, (left, right, top, bottom), mode=self.padding_mode)
             padding = (0, 0, 0, 0)
-        y = ops.conv2d(
+        y = ops.conv2d_op(
             image,
-            self.weight,
+            *self._arrays(),
             self.bias,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            relu=self.relu,
+            self.kernel_size,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.relu,
         )
         return y if x.dim() == 4 else y.squeeze(0)
 

@@ -30,6 +30,8 @@ class Layout(IntEnum):
     PAIRS = 3
 
 
+HOST_LAYOUTS = (Layout.MASK, Layout.WINDOW)
+"""The layouts that the CPU's kernels read."""
 DEVICE_LAYOUTS = (Layout.DENSE, Layout.PAIRS)
 """The layouts that CUDA kernels read; placekern.device_packing writes them."""
 

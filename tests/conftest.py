@@ -121,6 +121,14 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.fixture
+def exact_conv() -> Iterator[None]:
+    """Lets cuDNN's float32 be float32; by default it is TF32."""
+    # Attributes can no longer be set once torch's own test helpers were imported, as opcheck does.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture
 def any_way() -> Iterator[None]:
     """Lets a test force a way to compute."""
     yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,14 +18,6 @@ if TYPE_CHECKING:
 
 LAYOUTS = [Layout.DENSE, Layout.PAIRS]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture
-def exact_conv() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 def rounded(weight: QuantSparseWeight, dtype: torch.dtype) -> QuantSparseWeight:
@@ -181,7 +172,9 @@ def test_conv2d_agrees_with_plain_torch(
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_slices_of_rows_add_up(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+def test_slices_of_rows_add_up(
+    gpu: Gpu, exact_conv: None, monkeypatch: pytest.MonkeyPatch, groups: int
+) -> None:
     monkeypatch.setattr(device, "SCRATCH_BYTES", 1)  # slices of 16 rows; a group has 20
     weight = random_weight(60, 2 * 9, 0.5, 8)
     x = torch.randn(2, 2 * groups, 6, 5, requires_grad=True)

@@ -76,7 +76,7 @@ def test_splits_of_the_columns_add_up(
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_decoded_slices_of_rows_are_put_together(
-    gpu: Gpu, any_way: None, monkeypatch: pytest.MonkeyPatch, groups: int
+    gpu: Gpu, any_way: None, exact_conv: None, monkeypatch: pytest.MonkeyPatch, groups: int
 ) -> None:
     monkeypatch.setattr(device, "SCRATCH_BYTES", 1)  # slices of 16 rows; a group has 20
     _native.force_way("decode")

@@ -160,10 +160,18 @@ def _conv2d(bench: Bench, network: str, shape: ConvShape, layer: Layer, batch: i
 
 
 def calls(bench: Bench) -> None:
-    """What a call costs on the host, of a layer too small to keep a device busy."""
+    """What a call costs on the host, of layers too small to keep a device busy."""
     with bench.case("calls"):
         layer = make_layer(64, 128, 0.5, 8, bench.device)
-        dense, x = layer.dense(torch.bfloat16), randn(bench, 1, 128, dtype=torch.bfloat16)
-        bench.facts["microseconds a call"] = bench.clock.measure_calls(
-            {"ours": lambda: ops.linear(x, layer.weight), "dense": lambda: F.linear(x, dense)}
-        )
+        dense = layer.dense(torch.bfloat16)
+        runs: dict[str, Callable[[], Tensor]] = {}
+        for N in (1, 16):
+            x = randn(bench, N, 128, dtype=torch.bfloat16)
+            runs[f"linear batch {N}"] = lambda x=x: ops.linear(x, layer.weight)
+            runs[f"dense batch {N}"] = lambda x=x: F.linear(x, dense)
+        # As a convolution: 64 channels from a kernel of 4 x 4 pixels and 8 channels.
+        image, kernel = randn(bench, 1, 8, 6, 6, dtype=torch.bfloat16), dense.view(64, 8, 4, 4)
+        runs["conv2d"] = lambda: ops.conv2d(image, layer.weight, kernel_size=(4, 4))
+        runs["dense conv2d"] = lambda: F.conv2d(image, kernel)
+        bench.check("conv2d", runs["conv2d"](), runs["dense conv2d"](), 2e-2)
+        bench.facts["microseconds a call"] = bench.clock.measure_calls(runs)

@@ -1,4 +1,5 @@
 // placekern._cpu: addresses and sizes in, results written in place, the GIL released. No logic.
+// Arguments have places rather than names: looking names up took a quarter of a small layer's call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,35 +22,28 @@ void bind_weight(py::module_& m, const char* name) {
         .def(py::init([](int64_t M, int64_t K, int bits, int layout, uintptr_t row_ptr, bool wide,
                          uintptr_t positions, uintptr_t codes, uintptr_t codebook,
                          int64_t group_size) {
-                 return Weight<T>{M,
-                                  K,
-                                  bits,
-                                  static_cast<Layout>(layout),
-                                  wide ? nullptr : at<const int32_t>(row_ptr),
-                                  wide ? at<const int64_t>(row_ptr) : nullptr,
-                                  at<const uint8_t>(positions),
-                                  at<const uint8_t>(codes),
-                                  at<const T>(codebook),
-                                  group_size};
-             }),
-             py::kw_only(), py::arg("M"), py::arg("K"), py::arg("bits"), py::arg("layout"),
-             py::arg("row_ptr"), py::arg("wide"), py::arg("positions"), py::arg("codes"),
-             py::arg("codebook"), py::arg("group_size"));
+            return Weight<T>{M,
+                             K,
+                             bits,
+                             static_cast<Layout>(layout),
+                             wide ? nullptr : at<const int32_t>(row_ptr),
+                             wide ? at<const int64_t>(row_ptr) : nullptr,
+                             at<const uint8_t>(positions),
+                             at<const uint8_t>(codes),
+                             at<const T>(codebook),
+                             group_size};
+        }));
 }
 
 template <class T>
 void bind_ops(py::module_& m) {
-    m.def(
-        "linear",
-        [](const Weight<T>& weight, int64_t N, uintptr_t x, uintptr_t bias, uintptr_t y, bool relu,
-           int threads) {
-            const LinearArgs<T> args{weight,   N,    at<const T>(x), at<const T>(bias),
-                                     at<T>(y), relu, threads};
-            py::gil_scoped_release release;
-            linear(args);
-        },
-        py::arg("weight"), py::kw_only(), py::arg("N"), py::arg("x"), py::arg("bias"), py::arg("y"),
-        py::arg("relu"), py::arg("threads"));
+    m.def("linear", [](const Weight<T>& weight, int64_t N, uintptr_t x, uintptr_t bias, uintptr_t y,
+                       bool relu, int threads) {
+        const LinearArgs<T> args{weight,   N,    at<const T>(x), at<const T>(bias),
+                                 at<T>(y), relu, threads};
+        py::gil_scoped_release release;
+        linear(args);
+    });
     m.def(
         "linear_backward",
         [](const Weight<T>& weight, int64_t N, uintptr_t x, uintptr_t grad_y, uintptr_t grad_x,
@@ -63,27 +57,22 @@ void bind_ops(py::module_& m) {
         },
         py::arg("weight"), py::kw_only(), py::arg("N"), py::arg("x"), py::arg("grad_y"),
         py::arg("grad_x"), py::arg("grad_codebook"), py::arg("threads"));
-    m.def(
-        "conv2d",
-        [](const Weight<T>& weight, const ConvShape& shape, uintptr_t x,
-           const std::array<int64_t, 4>& x_strides, uintptr_t bias, uintptr_t y,
-           const std::array<int64_t, 4>& y_strides, bool relu, int way, int threads) {
-            const auto& xs = x_strides;
-            const auto& ys = y_strides;
-            const Conv2dArgs<T> args{weight,
-                                     shape,
-                                     {at<const T>(x), xs[0], xs[1], xs[2], xs[3]},
-                                     at<const T>(bias),
-                                     {at<T>(y), ys[0], ys[1], ys[2], ys[3]},
-                                     relu,
-                                     static_cast<Way>(way),
-                                     threads};
-            py::gil_scoped_release release;
-            conv2d(args);
-        },
-        py::arg("weight"), py::arg("shape"), py::kw_only(), py::arg("x"), py::arg("x_strides"),
-        py::arg("bias"), py::arg("y"), py::arg("y_strides"), py::arg("relu"), py::arg("way"),
-        py::arg("threads"));
+    m.def("conv2d", [](const Weight<T>& weight, const ConvShape& shape, uintptr_t x,
+                       const std::array<int64_t, 4>& x_strides, uintptr_t bias, uintptr_t y,
+                       const std::array<int64_t, 4>& y_strides, bool relu, int way, int threads) {
+        const auto& xs = x_strides;
+        const auto& ys = y_strides;
+        const Conv2dArgs<T> args{weight,
+                                 shape,
+                                 {at<const T>(x), xs[0], xs[1], xs[2], xs[3]},
+                                 at<const T>(bias),
+                                 {at<T>(y), ys[0], ys[1], ys[2], ys[3]},
+                                 relu,
+                                 static_cast<Way>(way),
+                                 threads};
+        py::gil_scoped_release release;
+        conv2d(args);
+    });
     m.def(
         "conv2d_backward",
         [](const Weight<T>& weight, const ConvShape& shape, uintptr_t x,
@@ -120,20 +109,15 @@ PYBIND11_MODULE(_cpu, m) {
 
     bind_weight<float>(m, "WeightFloat");
     bind_weight<double>(m, "WeightDouble");
-    py::class_<ConvShape>(m, "ConvShape")
+    py::class_<ConvShape>(m, "ConvShape", py::module_local())
         .def(py::init([](int64_t batch, int64_t groups, int64_t channels, int64_t height,
                          int64_t width, int64_t out_height, int64_t out_width, int64_t kernel_h,
                          int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t padding_top,
                          int64_t padding_left, int64_t dilation_h, int64_t dilation_w) {
-                 return ConvShape{batch,      groups,      channels,     height,     width,
-                                  out_height, out_width,   kernel_h,     kernel_w,   stride_h,
-                                  stride_w,   padding_top, padding_left, dilation_h, dilation_w};
-             }),
-             py::kw_only(), py::arg("batch"), py::arg("groups"), py::arg("channels"),
-             py::arg("height"), py::arg("width"), py::arg("out_height"), py::arg("out_width"),
-             py::arg("kernel_h"), py::arg("kernel_w"), py::arg("stride_h"), py::arg("stride_w"),
-             py::arg("padding_top"), py::arg("padding_left"), py::arg("dilation_h"),
-             py::arg("dilation_w"));
+            return ConvShape{batch,      groups,      channels,     height,     width,
+                             out_height, out_width,   kernel_h,     kernel_w,   stride_h,
+                             stride_w,   padding_top, padding_left, dilation_h, dilation_w};
+        }));
     bind_ops<float>(m);
     bind_ops<double>(m);
     m.def(

@@ -83,6 +83,7 @@ struct DeviceWeight {
 // k = (channel * kernel_h + ky) * kernel_w + kx of an image [batch, channels, height, width].
 struct Source {
     const void* x;
+    Dtype dtype;
     int64_t stride;  // rows: elements from one to the next
     bool image;
     ConvShape shape;
@@ -106,7 +107,6 @@ struct Output {
 // where there are several codebooks.
 struct DirectArgs {
     DeviceWeight weight;
-    Dtype dtype;  // of x
     Source source;
     Output out;
 };
@@ -115,7 +115,6 @@ struct DirectArgs {
 // only.
 struct MatmulArgs {
     DeviceWeight weight;
-    Dtype dtype;  // of x
     Source source;
     Output out;
 };

@@ -251,7 +251,7 @@ void codebook_gradient(const CodebookGradientCall& call, const Queue& queue) {
     PK_CHECK(last < INT32_MAX && reach <= INT32_MAX, "codebook_gradient: N = ", call.N,
              " reaches element ", reach,
              " of grad_y, expected less than 2^31; use smaller batches");
-    with_kernel(call.weight, call.dtype, [&](auto kernel, int set, int stage) {
+    with_kernel(call.weight, call.source.dtype, [&](auto kernel, int set, int stage) {
         const auto shared = static_cast<size_t>(std::max(kBins + plan.sets * set, stage));
         launch(queue, kernel, dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared, call,
                "codebook_gradient, rows = ", call.rows, ", K = ", call.weight.K, ", N = ", call.N);

@@ -23,11 +23,10 @@ struct CodebookGradientPlan {
 // sum_n grad_y[n, m] X[k, n].
 struct CodebookGradientCall {
     DeviceWeight weight;
-    Dtype dtype;  // of x and grad_y; products of float32 are exact to float32
     CodebookGradientPlan plan;
     int64_t first, rows;  // all rows, or those that share a codebook and a group; any `first`
     int64_t N;
-    Source source;  // X [K, N]
+    Source source;  // X [K, N]; products of float32 are exact to float32
     GradYSource grad_y;
     double* partial;  // [blocks, 2^bits]; the gradient is the sum over blocks
 };

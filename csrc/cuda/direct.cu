@@ -254,7 +254,7 @@ void direct(const DirectArgs& args, const Queue& queue) {
     PK_CHECK(args.weight.one_codebook() || args.weight.group_size % kUnitRows == 0,
              "direct: group_size is ", args.weight.group_size, ", expected a multiple of ",
              kUnitRows, "; decode the weight instead");
-    with_type(args.dtype, [&](auto type) {
+    with_type(args.source.dtype, [&](auto type) {
         using T = decltype(type);
         if (args.weight.width() == 5)
             args.out.N == 1 ? launch_direct<5, 1, T>(args, queue)

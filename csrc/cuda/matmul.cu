@@ -326,7 +326,7 @@ void with_kernel(const MatmulArgs& args, F f) {
 
 template <class F>
 void with_kernel(const MatmulArgs& args, int tiles, F f) {
-    with_type(args.dtype, [&](auto type) {
+    with_type(args.source.dtype, [&](auto type) {
         using T = decltype(type);
         const bool narrow = args.weight.width() == 5;
         if (tiles == 2)

@@ -5,6 +5,7 @@ Callers say `_native.linear`, wherever that stands.
 
 from . import cpu, cuda
 from .arrays import (
+    ConvShape,
     Weight,
     on_16_bytes,
 )
@@ -41,6 +42,7 @@ from .cuda import (
 )
 
 __all__ = [
+    "ConvShape",
     "GradY",
     "Output",
     "Source",

@@ -33,6 +33,44 @@ class Weight(NamedTuple):
         return self.M if self.codebook.dim() == 1 else group_size_of(self.M, self.codebook.shape)
 
 
+class ConvShape(NamedTuple):
+    """Sizes of a convolution; fields in the order of ConvShape in csrc/args.h.
+
+    x is [batch, groups * channels, height, width], in pixels, and `channels` of one group.
+    """
+
+    batch: int
+    groups: int
+    channels: int
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    padding_top: int
+    padding_left: int
+    dilation_h: int
+    dilation_w: int
+
+    @property
+    def pixels(self) -> int:
+        """Of one image of the output."""
+        return self.out_height * self.out_width
+
+    @property
+    def kernel(self) -> tuple[int, int, int]:
+        """A row of the weight as (channels, height, width)."""
+        return self.channels, self.kernel_h, self.kernel_w
+
+    @property
+    def steps(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Stride and dilation, as torch takes them."""
+        return (self.stride_h, self.stride_w), (self.dilation_h, self.dilation_w)
+
+
 def on_16_bytes(tensor: Tensor) -> bool:
     """Whether a tensor starts on a multiple of 16 bytes, as vector loads want it."""
     return tensor.data_ptr() % 16 == 0

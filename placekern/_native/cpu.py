@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import Weight, pointer
+from .arrays import ConvShape, Weight, pointer
 
 try:
     from .. import _cpu
@@ -71,23 +71,30 @@ def force_way(way: str) -> None:
 def _weight(weight: Weight) -> Any:
     kind = _cpu.WeightDouble if weight.codebook.dtype == torch.float64 else _cpu.WeightFloat
     return kind(
-        M=weight.M,
-        K=weight.K,
-        bits=weight.bits,
-        layout=weight.layout,
-        row_ptr=weight.row_ptr.data_ptr(),
-        wide=weight.row_ptr.dtype == torch.int64,
-        positions=weight.positions.data_ptr(),
-        codes=weight.codes.data_ptr(),
-        codebook=weight.codebook.data_ptr(),
-        group_size=weight.group_size,
+        weight.M,
+        weight.K,
+        weight.bits,
+        weight.layout,
+        weight.row_ptr.data_ptr(),
+        weight.row_ptr.dtype == torch.int64,
+        weight.positions.data_ptr(),
+        weight.codes.data_ptr(),
+        weight.codebook.data_ptr(),
+        weight.group_size,
     )
 
 
 def linear(weight: Weight, x: Tensor, bias: Tensor | None, y: Tensor, relu: bool) -> None:
     """Fills y, N * M elements, from x [N, K]; all contiguous and of the codebook's dtype."""
-    sizes = {"N": x.shape[0], "x": x.data_ptr(), "bias": pointer(bias), "y": y.data_ptr()}
-    _cpu.linear(_weight(weight), **sizes, relu=relu, threads=torch.get_num_threads())
+    _cpu.linear(
+        _weight(weight),
+        x.shape[0],
+        x.data_ptr(),
+        pointer(bias),
+        y.data_ptr(),
+        relu,
+        torch.get_num_threads(),
+    )
 
 
 def linear_backward(
@@ -106,26 +113,26 @@ def linear_backward(
 
 
 def conv2d(
-    weight: Weight, shape: dict[str, int], x: Tensor, bias: Tensor | None, y: Tensor, relu: bool
+    weight: Weight, shape: ConvShape, x: Tensor, bias: Tensor | None, y: Tensor, relu: bool
 ) -> None:
-    """Fills y [batch, M, out_h, out_w] from x; any strides. `shape`: the fields of ConvShape."""
+    """Fills y [batch, M, out_h, out_w] from x; any strides."""
     _cpu.conv2d(
         _weight(weight),
-        _cpu.ConvShape(**shape),
-        x=x.data_ptr(),
-        x_strides=x.stride(),
-        bias=pointer(bias),
-        y=y.data_ptr(),
-        y_strides=y.stride(),
-        relu=relu,
-        way=_WAYS.index(_way),
-        threads=torch.get_num_threads(),
+        _cpu.ConvShape(*shape),
+        x.data_ptr(),
+        x.stride(),
+        pointer(bias),
+        y.data_ptr(),
+        y.stride(),
+        relu,
+        _WAYS.index(_way),
+        torch.get_num_threads(),
     )
 
 
 def conv2d_backward(
     weight: Weight,
-    shape: dict[str, int],
+    shape: ConvShape,
     x: Tensor,
     grad_y: Tensor,
     grad_x: Tensor | None,
@@ -134,7 +141,7 @@ def conv2d_backward(
     """Adds to grad_x (any strides, zeroed before); fills grad_codebook as `linear_backward`."""
     _cpu.conv2d_backward(
         _weight(weight),
-        _cpu.ConvShape(**shape),
+        _cpu.ConvShape(*shape),
         x=x.data_ptr(),
         x_strides=x.stride(),
         grad_y=grad_y.data_ptr(),

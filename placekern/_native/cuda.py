@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arrays import Weight, pointer
+from .arrays import ConvShape, Weight, pointer
 
 if find_spec("placekern._cuda") is None:  # built without nvcc: all but CUDA tensors works
     _cuda = None
@@ -62,7 +62,7 @@ class Source(NamedTuple):
 
     x: Tensor
     stride: int = 0
-    shape: dict[str, int] | None = None
+    shape: ConvShape | None = None
 
 
 @cache
@@ -78,14 +78,12 @@ def device_index(tensor: Tensor) -> int:
 
 def device_direct(weight: Weight, source: Source, out: Output) -> None:
     """Fills out.y for a few rows of x, in float32; several codebooks: group_size % 16 == 0."""
-    x = source.x
-    _cuda.direct(_device_weight(weight), _dtype(x), _source(source), _output(out), _queue(x))
+    _cuda.direct(_device_weight(weight), _source(source), _output(out), *_queue(source.x))
 
 
 def device_matmul(weight: Weight, source: Source, out: Output) -> bool:
     """Fills out.y on tensor cores; False, where a block finds no room in shared memory."""
-    x = source.x
-    return _cuda.matmul(_device_weight(weight), _dtype(x), _source(source), _output(out), _queue(x))
+    return _cuda.matmul(_device_weight(weight), _source(source), _output(out), *_queue(source.x))
 
 
 def device_decode(weight: Weight, first: int, dense: Tensor) -> None:
@@ -93,8 +91,8 @@ def device_decode(weight: Weight, first: int, dense: Tensor) -> None:
 
     For PAIRS, `dense` holds zeros before.
     """
-    out = _cuda.VectorOut(dense.data_ptr(), _dtype(dense))
-    _cuda.decode(_device_weight(weight), first, dense.shape[0], out, _queue(dense))
+    size, dtype = dense.shape[0], _DTYPES[dense.dtype]
+    _cuda.decode(_device_weight(weight), first, size, dense.data_ptr(), dtype, *_queue(dense))
 
 
 def device_kmeans_assign(
@@ -107,17 +105,8 @@ def device_kmeans_assign(
     n, count = points.numel(), centroids.numel()
     size = _cuda.kmeans_assign_workspace(n, count, device_index(points))
     workspace = torch.empty(size, dtype=torch.uint8, device=points.device)
-    _cuda.kmeans_assign(
-        n=n,
-        count=count,
-        points=points.data_ptr(),
-        centroids=centroids.data_ptr(),
-        codes=codes.data_ptr(),
-        sums=sums.data_ptr(),
-        counts=counts.data_ptr(),
-        workspace=workspace.data_ptr(),
-        queue=_queue(points),
-    )
+    arrays = (points, centroids, codes, sums, counts, workspace)
+    _cuda.kmeans_assign(n, count, *(array.data_ptr() for array in arrays), *_queue(points))
 
 
 class GradY(NamedTuple):
@@ -135,7 +124,7 @@ def device_linear_backward_plan(weight: Weight, x: Tensor, wanted: tuple[bool, b
     partials.
     """
     return _cuda.linear_backward_plan(
-        _device_weight(weight), _dtype(x), x.shape[0], *wanted, device_index(x)
+        _device_weight(weight), _DTYPES[x.dtype], x.shape[0], *wanted, device_index(x)
     )
 
 
@@ -154,15 +143,15 @@ def device_linear_backward(
     """
     _cuda.linear_backward(
         _device_weight(weight),
-        _dtype(x),
+        _DTYPES[x.dtype],
         plan,
-        N=x.shape[0],
-        x=x.data_ptr(),
-        x_stride=x.shape[1],
-        grad_y=grad_y.data_ptr(),
-        grad_x=pointer(grad_x),
-        grad_codebook=pointer(grad_codebook),
-        queue=_queue(x),
+        x.shape[0],
+        x.data_ptr(),
+        x.shape[1],
+        grad_y.data_ptr(),
+        pointer(grad_x),
+        pointer(grad_codebook),
+        *_queue(x),
     )
 
 
@@ -175,75 +164,70 @@ def device_codebook_gradient(
     """
     x = source.x
     native = _device_weight(weight)
-    plan = _cuda.codebook_gradient_plan(native, _dtype(x), first, rows, N, device_index(x))
+    plan = _cuda.codebook_gradient_plan(native, _DTYPES[x.dtype], first, rows, N, device_index(x))
     partial = x.new_empty((plan.blocks, 1 << weight.bits), dtype=torch.float64)
     _cuda.codebook_gradient(
         native,
-        _dtype(x),
         plan,
-        first=first,
-        rows=rows,
-        N=N,
-        source=_source(source),
-        grad_y=_cuda.GradYSource(grad_y.grad_y.data_ptr(), *grad_y[1:]),
-        partial=partial.data_ptr(),
-        queue=_queue(x),
+        first,
+        rows,
+        N,
+        _source(source),
+        _cuda.GradYSource(grad_y.grad_y.data_ptr(), *grad_y[1:]),
+        partial.data_ptr(),
+        *_queue(x),
     )
     return partial.sum(0)
 
 
-def _queue(tensor: Tensor) -> Any:
+# The private name is what torch's own compiler calls in the code that it writes; the public one
+# makes an object each time.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda index: torch.cuda.current_stream(index).cuda_stream
+)
+
+
+def _queue(tensor: Tensor) -> tuple[int, int]:
+    """Device and stream of a call."""
     if not tensor.is_cuda:  # emulated
-        return _cuda.Queue(0, 0)
+        return 0, 0
     index = device_index(tensor)
-    return _cuda.Queue(index, torch.cuda.current_stream(index).cuda_stream)
+    return index, _raw_stream(index)
 
 
-def _dtype(tensor: Tensor) -> Any:
-    return getattr(_cuda.Dtype, str(tensor.dtype).removeprefix("torch."))
-
-
-def _vector(tensor: Tensor | None) -> Any:
-    if tensor is None:
-        return _cuda.Vector(0, _cuda.Dtype.float32)
-    return _cuda.Vector(tensor.data_ptr(), _dtype(tensor))
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Dtype in csrc/cuda/args.h
 
 
 def _device_weight(weight: Weight) -> Any:
+    codebook = weight.codebook
     return _cuda.Weight(
-        M=weight.M,
-        K=weight.K,
-        bits=weight.bits,
-        layout=weight.layout,
-        positions=weight.positions.data_ptr(),
-        codes=weight.codes.data_ptr(),
-        codebook=_vector(weight.codebook),
-        group_size=weight.group_size,
+        weight.M,
+        weight.K,
+        weight.bits,
+        weight.layout,
+        weight.positions.data_ptr(),
+        weight.codes.data_ptr(),
+        codebook.data_ptr(),
+        _DTYPES[codebook.dtype],
+        weight.group_size,
     )
 
 
 def _source(source: Source) -> Any:
-    if source.shape is None:
-        return _cuda.Source(x=source.x.data_ptr(), stride=source.stride)
-    return _cuda.Source(
-        x=source.x.data_ptr(),
-        image=True,
-        shape=_cuda.ConvShape(source.shape),
-        strides=source.x.stride(),
-    )
+    x, stride, shape = source
+    if shape is None:
+        return _cuda.Source(x.data_ptr(), _DTYPES[x.dtype], stride)
+    return _cuda.Source(x.data_ptr(), _DTYPES[x.dtype], _cuda.ConvShape(*shape), x.stride())
 
 
 def _output(out: Output) -> Any:
+    y, bias, *sizes, partial, splits = out
     return _cuda.Output(
-        y=_cuda.VectorOut(out.y.data_ptr(), _dtype(out.y)),
-        bias=_vector(out.bias),
-        relu=out.relu,
-        M=out.M,
-        N=out.N,
-        pixels=out.pixels,
-        image_stride=out.image_stride,
-        pixel_stride=out.pixel_stride,
-        row_stride=out.row_stride,
-        splits=out.splits,
-        partial=pointer(out.partial),
+        y.data_ptr(),
+        _DTYPES[y.dtype],
+        pointer(bias),
+        0 if bias is None else _DTYPES[bias.dtype],
+        *sizes,
+        splits,
+        pointer(partial),
     )

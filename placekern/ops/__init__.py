@@ -4,9 +4,9 @@
 here take a `QuantSparseWeight` and fill them in.
 """
 
-from .conv2d import conv2d
+from .conv2d import conv2d, conv2d_op
 from .kmeans_assign import kmeans_assign
 from .kmeans_optimal import kmeans_optimal
-from .linear import linear
+from .linear import linear, linear_op
 
-__all__ = ["conv2d", "kmeans_assign", "kmeans_optimal", "linear"]
+__all__ = ["conv2d", "conv2d_op", "kmeans_assign", "kmeans_optimal", "linear", "linear_op"]

@@ -13,12 +13,17 @@ from torch import Tensor
 
 from .. import _native, device_packing
 from ..codebook import prove_groups
-from ..packing import DEVICE_LAYOUTS, READ_PADDING, Layout, mask_bytes, window_bytes
+from ..packing import (
+    DEVICE_LAYOUTS,
+    HOST_LAYOUTS,
+    READ_PADDING,
+    Layout,
+    mask_bytes,
+    window_bytes,
+)
 from ..weight import QuantSparseWeight
 
 library = torch.library.Library("placekern", "DEF")
-
-_LAYOUTS = frozenset(map(int, Layout))
 
 WEIGHT = (
     "Tensor row_ptr, Tensor positions, Tensor codes, Tensor codebook, int K, int bits, int layout"
@@ -58,12 +63,13 @@ def register_gradients(name: str, channels: int) -> None:
         if output is not None:
             grad_y = torch.ops.aten.threshold_backward(grad_y, output, 0)
         gradients: list[Tensor | None] = [None] * ctx.inputs
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[4]]
+        _, *needed = ctx.needs_input_grad  # the first is of the keys
+        wanted = [needed[0], needed[4]]
         if any(wanted):
             grad_x, grad_codebook = backward_op(grad_y, x, *arrays, *ctx.sizes, wanted)
             gradients[0] = grad_x if wanted[0] else None
             gradients[4] = grad_codebook if wanted[1] else None
-        if ctx.needs_input_grad[8]:
+        if needed[8]:
             by_channel = grad_y.transpose(channels, -1)
             gradients[8] = by_channel.sum_to_size(bias.shape).to(bias.dtype)
         return tuple(gradients)
@@ -75,21 +81,82 @@ def register_gradients(name: str, channels: int) -> None:
         )
 
     torch.library.register_autograd(f"placekern::{name}_backward", twice, lib=library)
-    torch.library.register_autograd(
-        f"placekern::{name}", backward, setup_context=setup_context, lib=library
-    )
     op = getattr(torch.ops.placekern, name).default
+    _register_autograd(op, setup_context, backward)
     library.impl(name, _autocast(op, "cpu", "AutocastCPU"), "AutocastCPU")
     library.impl(name, _autocast(op, "cuda", "AutocastCUDA"), "AutocastCUDA")
+
+
+def _register_autograd(
+    op: torch._ops.OpOverload,
+    setup_context: Callable[[Any, tuple[Any, ...], Tensor], None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> None:
+    """What `torch.library.register_autograd` does, at a third of its time in every call.
+
+    That one walks the schema each time, and looks for keywords and lists of tensors, which our ops
+    do not take.
+    """
+
+    def below(keys: torch._C.DispatchKeySet, inputs: tuple[Any, ...]) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keys: torch._C.DispatchKeySet, *inputs: Any) -> Tensor:
+            output = below(keys, inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+            return (None, *backward(ctx, grad_output))
+
+    def kernel(keys: torch._C.DispatchKeySet, *inputs: Any) -> Tensor:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return Differentiable.apply(keys, *inputs)
+        return below(keys, inputs)
+
+    library.impl(op._opname, kernel, "Autograd", with_keyset=True)
 
 
 def check_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None) -> None:
     """Checks the arrays of a weight, x and bias against each other, for op `op`.
 
-    Runs on every call: comparisons first, words only when one fails.
+    Runs on every call, so what is as usual is seen at a glance.
     """
+    if not _is_usual(x, weight, bias):
+        _prove_weight(op, x, weight, bias)
+
+
+def _is_usual(x: Tensor, w: _native.Weight, bias: Tensor | None) -> bool:
+    """True for most of what `_prove_weight` lets pass, and for nothing else."""
+    device, codebook, positions, codes = x.device, w.codebook, w.positions, w.codes
+    return (
+        w.layout in (DEVICE_LAYOUTS if x.is_cuda else HOST_LAYOUTS)
+        and positions.dtype is codes.dtype is torch.uint8
+        and w.row_ptr.dtype is torch.int32
+        and x.is_floating_point()
+        and codebook.is_floating_point()
+        and w.row_ptr.is_contiguous()
+        and positions.is_contiguous()
+        and codes.is_contiguous()
+        and w.row_ptr.device == positions.device == codes.device == codebook.device == device
+        and w.M >= 0
+        and codebook.shape == (1 << w.bits,)
+        and codes.shape[0] >= READ_PADDING
+        and positions.shape[0] >= READ_PADDING + _least_position_bytes(w)
+        and (
+            bias is None
+            or (bias.is_floating_point() and bias.device == device and bias.shape == (w.M,))
+        )
+    )
+
+
+def _prove_weight(op: str, x: Tensor, weight: _native.Weight, bias: Tensor | None) -> None:
     w = weight
-    if w.layout not in _LAYOUTS:
+    if w.layout not in HOST_LAYOUTS and w.layout not in DEVICE_LAYOUTS:
         raise ValueError(f"{op}: layout is {w.layout}, expected {list(map(int, Layout))}")
     if (w.layout in DEVICE_LAYOUTS) != x.is_cuda and not (_native.is_emulated() or x.is_meta):
         raise ValueError(
@@ -171,7 +238,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def ready(weight: _native.Weight, dtype: torch.dtype) -> _native.Weight:
     """The weight with its codebook in the dtype that the kernel computes in."""
-    return weight._replace(codebook=weight.codebook.detach().to(dtype).contiguous())
+    codebook = ready_array(weight.codebook, dtype)
+    return weight if codebook is weight.codebook else weight._replace(codebook=codebook)
+
+
+def ready_array(array: Tensor, dtype: torch.dtype) -> Tensor:
+    """The array contiguous and in a dtype; as it is, where it is so already."""
+    if array.dtype is dtype and array.is_contiguous():
+        return array
+    return array.detach().to(dtype).contiguous()
 
 
 def codebook_sums(weight: _native.Weight) -> Tensor:

@@ -53,7 +53,7 @@ def conv2d(
     """
     if len(padding) == 2:
         padding = (padding[0], padding[0], padding[1], padding[1])
-    return torch.ops.placekern.conv2d(
+    return conv2d_op(
         x, *common.arrays(weight), bias, kernel_size, stride, padding, dilation, groups, relu
     )
 
@@ -70,7 +70,7 @@ def _conv2d_shape(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> dict[str, Any]:
+) -> _native.ConvShape:
     if x.dim() != 4:
         raise ValueError(
             f"conv2d: x has shape {tuple(x.shape)}, expected [batch, C, height, width]"
@@ -103,23 +103,21 @@ def _conv2d_shape(
             f"conv2d: kernel {tuple(kernel_size)} with dilation {tuple(dilation)} does not fit "
             f"into the padded image of {height + top + bottom} x {width + left + right} pixels"
         )
-    return {
-        "batch": batch,
-        "groups": groups,
-        "channels": weight.K // taps,
-        "height": height,
-        "width": width,
-        "out_height": out_height,
-        "out_width": out_width,
-        "kernel_h": kernel_size[0],
-        "kernel_w": kernel_size[1],
-        "stride_h": stride[0],
-        "stride_w": stride[1],
-        "padding_top": top,
-        "padding_left": left,
-        "dilation_h": dilation[0],
-        "dilation_w": dilation[1],
-    }
+    return _native.ConvShape(
+        batch,
+        groups,
+        weight.K // taps,
+        height,
+        width,
+        out_height,
+        out_width,
+        *kernel_size,
+        *stride,
+        padding_top=top,
+        padding_left=left,
+        dilation_h=dilation[0],
+        dilation_w=dilation[1],
+    )
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -127,8 +125,10 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _conv2d_empty(x: Tensor, weight: _native.Weight, shape: dict[str, Any]) -> Tensor:
-    size = (shape["batch"], weight.M, shape["out_height"], shape["out_width"])
+def _conv2d_empty(x: Tensor, weight: _native.Weight, shape: _native.ConvShape) -> Tensor:
+    size = (shape.batch, weight.M, shape.out_height, shape.out_width)
+    if x.is_contiguous():
+        return x.new_empty(size)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
@@ -147,11 +147,11 @@ def _conv2d(x: Tensor, *args: Any) -> Tensor:
         y = device.conv2d(weight, shape, sizes[2], x.detach(), bias, y, relu)
         return y.contiguous(memory_format=_memory_format(x))
     dtype = common.compute_dtype(x)
-    image = x.detach().to(dtype)
+    image = x if x.dtype is dtype else x.to(dtype)
     y = _conv2d_empty(image, weight, shape)
-    offset = None if bias is None else bias.detach().to(dtype).contiguous()
+    offset = None if bias is None else common.ready_array(bias, dtype)
     _native.conv2d(common.ready(weight, dtype), shape, image, offset, y, relu)
-    return y.to(x.dtype)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 def _conv2d_backward_fake(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -201,3 +201,6 @@ common.register(
     ("CPU", "CUDA"),
 )
 common.register_gradients("conv2d", channels=1)
+
+conv2d_op = torch.ops.placekern.conv2d.default
+"""The op itself: (x, the seven arguments of common.WEIGHT, bias, the five sizes, relu) -> y."""

@@ -34,7 +34,7 @@ def linear(
     Raises:
         ValueError: a size, a dtype or a device does not fit.
     """
-    return torch.ops.placekern.linear(x, *common.arrays(weight), bias, relu)
+    return linear_op(x, *common.arrays(weight), bias, relu)
 
 
 def _linear_check(x: Tensor, weight: _native.Weight, bias: Tensor | None) -> None:
@@ -53,15 +53,23 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
     weight, (bias, relu) = common.weight(*args[:7]), args[7:]
     _linear_check(x, weight, bias)
     if weight.layout in DEVICE_LAYOUTS:
-        flat = x.detach().reshape(x.shape[:-1].numel(), weight.K)
-        return device.linear(weight, flat, bias, relu).view(*x.shape[:-1], weight.M)
+        if x.dim() == 2:
+            return device.linear(weight, x, bias, relu)
+        y = device.linear(weight, _rows(x, weight.K), bias, relu)
+        return y.view(*x.shape[:-1], weight.M)
     dtype = common.compute_dtype(x)
-    flat = x.detach().reshape(x.shape[:-1].numel(), weight.K).to(dtype).contiguous()
+    rows = common.ready_array(_rows(x, weight.K), dtype)
     # Made in its final shape: autograd refuses in-place changes of an output that is a view.
-    y = flat.new_empty((*x.shape[:-1], weight.M))
-    offset = None if bias is None else bias.detach().to(dtype).contiguous()
-    _native.linear(common.ready(weight, dtype), flat, offset, y, relu)
-    return y.to(x.dtype)
+    flat = rows is x or x.dim() == 2
+    y = rows.new_empty((rows.shape[0], weight.M) if flat else (*x.shape[:-1], weight.M))
+    offset = None if bias is None else common.ready_array(bias, dtype)
+    _native.linear(common.ready(weight, dtype), rows, offset, y, relu)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
+
+
+def _rows(x: Tensor, K: int) -> Tensor:
+    """x [..., K] as [N, K]."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), K)
 
 
 def _linear_backward_fake(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -74,7 +82,7 @@ def _linear_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Ten
     weight, wanted = common.weight(*args[:7]), args[7]
     _linear_check(x, weight, None)
     if weight.layout in DEVICE_LAYOUTS:
-        rows = x.detach().reshape(x.shape[:-1].numel(), weight.K)
+        rows = _rows(x, weight.K)
         grad_rows = grad_y.detach().to(x.dtype).reshape(rows.shape[0], weight.M)
         grad_x, sums = device_backward.linear_backward(weight, rows, grad_rows, tuple(wanted))
         return (
@@ -82,11 +90,11 @@ def _linear_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Ten
             common.as_codebook_gradient(weight, sums),
         )
     dtype = common.compute_dtype(x)
-    flat = x.detach().reshape(x.shape[:-1].numel(), weight.K).to(dtype).contiguous()
-    flat_grad_y = grad_y.detach().reshape(flat.shape[0], weight.M).to(dtype).contiguous()
-    grad_x = torch.empty_like(flat) if wanted[0] else None
+    rows = common.ready_array(_rows(x, weight.K), dtype)
+    grad_rows = common.ready_array(grad_y.reshape(rows.shape[0], weight.M), dtype)
+    grad_x = torch.empty_like(rows) if wanted[0] else None
     sums = common.codebook_sums(weight) if wanted[1] else None
-    _native.linear_backward(common.ready(weight, dtype), flat, flat_grad_y, grad_x, sums)
+    _native.linear_backward(common.ready(weight, dtype), rows, grad_rows, grad_x, sums)
     return (
         x.new_empty(0) if grad_x is None else grad_x.reshape(x.shape).to(x.dtype),
         common.as_codebook_gradient(weight, sums),
@@ -107,3 +115,6 @@ common.register(
     ("CPU", "CUDA"),
 )
 common.register_gradients("linear", channels=-1)
+
+linear_op = torch.ops.placekern.linear.default
+"""The op itself: (x, the seven arguments of common.WEIGHT, bias, relu) -> y."""
