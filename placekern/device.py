@@ -26,6 +26,7 @@ _EXACT_COLUMNS = 8  # float32 without TF32: beyond this the dense library is qui
 _MATMUL_COLUMNS = 64
 _MATMUL_PIXELS = 512  # of a convolution
 
+_DECODED_ROWS = 65_535 * 16  # as many blocks as a grid may have
 _COMPUTED = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
@@ -168,7 +169,7 @@ def group_slices(
 def slices(weight: _native.Weight, x: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The dense weight in slices of rows: (first row, [rows, K] in x's dtype), one at a time."""
     per_row = max(weight.K, 1) * x.element_size()
-    rows = max(16, SCRATCH_BYTES // per_row // 16 * 16)
+    rows = min(max(16, SCRATCH_BYTES // per_row // 16 * 16), _DECODED_ROWS)
     for first in range(0, weight.M, rows):
         size = (min(rows, weight.M - first), weight.K)
         dense = x.new_zeros(size) if weight.layout == Layout.PAIRS else x.new_empty(size)
@@ -184,8 +185,16 @@ def check(
     Raises:
         NotImplementedError: x, the codebook or the bias is float64, or of eight bits.
         RuntimeError: placekern was built without CUDA.
+        ValueError: the weight's arrays do not start on 16 bytes.
     """
     codebook = x if weight is None else weight.codebook
+    if weight is not None and not (
+        _native.on_16_bytes(weight.positions) and _native.on_16_bytes(weight.codes)
+    ):
+        raise ValueError(
+            f"{op}: positions or codes are a part of another tensor and start between two "
+            "multiples of 16 bytes, which a CUDA kernel cannot read; clone() them"
+        )
     usual = x.dtype in _COMPUTED and codebook.dtype in _COMPUTED
     if usual and (bias is None or bias.dtype in _COMPUTED) and _native.has_cuda():
         return

@@ -79,7 +79,9 @@ def pack(
     K: int,
     bits: int,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The arrays `positions` and `codes` of a layout, padded for reading.
+    """The arrays `positions` and `codes` of a layout, padded for reading to whole 16 bytes.
+
+    So each starts on 16 bytes also where torch lays one behind the other, as DataParallel does.
 
     Args:
         layout: DENSE or PAIRS.
@@ -91,8 +93,10 @@ def pack(
         bits: of a code, 1 to 8.
     """
     if layout == Layout.DENSE:
-        return _pack_dense(row_ptr, col_ind, codes, M, K, bits)
-    return _pack_pairs(row_ptr, col_ind, codes, M, K)
+        positions, packed = _pack_dense(row_ptr, col_ind, codes, M, K, bits)
+    else:
+        positions, packed = _pack_pairs(row_ptr, col_ind, codes, M, K)
+    return np.pad(positions, (0, -len(positions) % 16)), packed
 
 
 def unpack(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers import random_weight, relative_error
+from helpers import random_weight, relative_error, with_codebook
 from torch import Tensor
 
 import placekern as pk
@@ -130,10 +130,11 @@ def test_splits_of_the_columns_add_up_in_a_fixed_order(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("limit", "least"), [("SCRATCH_BYTES", 1), ("_DECODED_ROWS", 16)])
 def test_decoded_slices_of_rows_are_put_together(
-    gpu: Gpu, any_way: None, monkeypatch: pytest.MonkeyPatch, layout: Layout
+    gpu: Gpu, any_way: None, monkeypatch: pytest.MonkeyPatch, layout: Layout, limit: str, least: int
 ) -> None:
-    monkeypatch.setattr(device, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(device, limit, least)
     _native.force_way("decode")
     weight = random_weight(50, 100, 0.5, 8)
     x, bias = torch.randn(6, 100), torch.randn(50)
@@ -226,6 +227,32 @@ def test_turing_has_its_own_ways(
         dense = weight.to_dense()
         gradient = torch.autograd.grad(dense, weight.codebook, x.float().sum(0).expand(40, 300))[0]
         assert relative_error(moved.codebook.grad, gradient) < 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_strided_codebook(gpu: Gpu, layout: Layout) -> None:
+    weight, x = random_weight(40, 300, 0.5, 5), torch.randn(3, 300)
+    moved = gpu.weight(weight, layout)
+    strided = torch.stack([moved.codebook, moved.codebook + 1], 1)[:, 0].requires_grad_()
+    y = ops.linear(gpu.tensor(x), with_codebook(moved, strided))
+    assert relative_error(y.detach().cpu(), x @ weight.to_dense().T) < 1e-5
+    y.sum().backward()
+    weight.codebook.requires_grad_()
+    dense = weight.to_dense()
+    gradient = torch.autograd.grad(dense, weight.codebook, x.sum(0).expand(40, 300))[0]
+    assert relative_error(strided.grad.cpu(), gradient) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["positions", "codes"])
+def test_arrays_between_two_multiples_of_16_bytes_are_refused(gpu: Gpu, name: str) -> None:
+    moved = gpu.weight(random_weight(40, 300, 0.5, 5))
+    arrays = {"positions": moved.positions, "codes": moved.codes}
+    arrays[name] = torch.cat([arrays[name][:4], arrays[name]])[4:]
+    weight = QuantSparseWeight.trusted(
+        moved.shape, 5, moved.layout, moved.nnz, moved.row_ptr, **arrays, codebook=moved.codebook
+    )
+    with pytest.raises(ValueError, match=r"a part of another tensor .* clone\(\) them"):
+        ops.linear(gpu.tensor(torch.zeros(1, 300)), weight)
 
 
 def test_float64_is_refused(gpu: Gpu) -> None:

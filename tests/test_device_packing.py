@@ -32,6 +32,7 @@ def test_what_goes_in_comes_out(
     for before, after in zip(weight.to_csr(), packed.to_csr(), strict=True):
         assert before.dtype == after.dtype
         assert torch.equal(before, after)
+    assert len(packed.positions) % 16 == len(packed.codes) % 16 == 0
     back = packed.to_layout(weight.layout)
     assert torch.equal(back.positions, weight.positions)
     assert torch.equal(back.codes, weight.codes)

@@ -30,17 +30,30 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 // Makes a device the current one for a scope.
 class DeviceScope {
   public:
-    explicit DeviceScope(int device) {
+    explicit DeviceScope(int device) : device_(device) {
         PK_CUDA_CHECK(cudaGetDevice(&previous_), "cudaGetDevice");
-        PK_CUDA_CHECK(cudaSetDevice(device), "cudaSetDevice(", device, ")");
+        // Setting it anyway would put the device's primary context in the place of a caller's own.
+        if (previous_ != device_)
+            PK_CUDA_CHECK(cudaSetDevice(device), "cudaSetDevice(", device, ")");
     }
-    ~DeviceScope() { cudaSetDevice(previous_); }
+    ~DeviceScope() {
+        if (previous_ != device_) cudaSetDevice(previous_);
+    }
     DeviceScope(const DeviceScope&) = delete;
     DeviceScope& operator=(const DeviceScope&) = delete;
 
   private:
+    int device_;
     int previous_ = 0;
 };
+
+// Bytes of shared memory that a block may take on a device, when it asks for them.
+inline int shared_limit(int device) {
+    int bytes = 0;
+    PK_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                  "shared memory of device ", device);
+    return bytes;
+}
 
 // Runs `kernel(args)` on grid x threads with `shared` bytes of dynamic shared memory. The words
 // behind it are for the message: what was launched, with which sizes.
@@ -49,8 +62,10 @@ void launch(const Queue& queue, void (*kernel)(Args), dim3 grid, int threads, si
             const Args& args, const Words&... words) {
     const DeviceScope scope(queue.device);
     if (shared > 48 * 1024) {  // more than a kernel may take unasked
+        // Always the most that there is: the limit belongs to the kernel, and a smaller one could
+        // reach it from another thread between this line and the launch.
         PK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared)),
+                                           shared_limit(queue.device)),
                       words..., ", ", shared, " bytes of shared memory");
     }
     cudaLaunchConfig_t config = {};
@@ -61,14 +76,6 @@ void launch(const Queue& queue, void (*kernel)(Args), dim3 grid, int threads, si
     PK_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args), words..., ", grid ", grid.x, " x ",
                   grid.y, " x ", grid.z, " of ", threads, " threads");
     PK_CUDA_CHECK(cudaGetLastError(), words...);
-}
-
-// Bytes of shared memory that a block may take on a device, when it asks for them.
-inline int shared_limit(int device) {
-    int bytes = 0;
-    PK_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                  "shared memory of device ", device);
-    return bytes;
 }
 
 }  // namespace placekern::cuda

@@ -228,7 +228,7 @@ def weight(
 ) -> _native.Weight:
     """The arrays of a weight as an op receives them, put together; M comes from row_ptr."""
     M = row_ptr.shape[0] - 1
-    return _native.Weight(M, K, bits, layout, row_ptr, positions, codes, codebook)
+    return _native.Weight(M, K, bits, layout, row_ptr, positions, codes, codebook.contiguous())
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
