@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,17 +24,18 @@ MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad, "with
 CALLS, RUNS = 2000, 9
 
 
-def microseconds(run: Callable[[], Any]) -> float:
-    """Of one call; the least mean of several runs."""
-    for _ in range(CALLS // 10):
-        run()
-    means = []
+def microseconds(*runs: Callable[[], Any]) -> list[float]:
+    """Of a call of each, in turns; the least mean of several."""
+    least = [float("inf")] * len(runs)
     for _ in range(RUNS):
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            run()
-        means.append(1e6 * (time.perf_counter() - start) / CALLS)
-    return min(means)
+        for i, run in enumerate(runs):
+            for _ in range(CALLS // 10):
+                run()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                run()
+            least[i] = min(least[i], 1e6 * (time.perf_counter() - start) / CALLS)
+    return least
 
 
 def main() -> None:
@@ -56,8 +58,8 @@ def main() -> None:
         cells = []
         for mode in MODES.values():
             with mode():
-                for layer in (ours, dense):
-                    cells.append(f"{microseconds(lambda layer=layer, x=x: layer(x)):.0f}")
+                times = microseconds(partial(ours, x), partial(dense, x))
+            cells += [f"{us:.0f}" for us in times]
         table.add_row(str(dense), *cells)
     Console(width=120).print(table)
 
