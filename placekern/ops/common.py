@@ -114,7 +114,10 @@ def _register_autograd(
             return (None, *backward(ctx, grad_output))
 
     def kernel(keys: torch._C.DispatchKeySet, *inputs: Any) -> Tensor:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        differentiable = (inputs[0], inputs[4], inputs[8])  # x, codebook, bias
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in differentiable
+        ):
             return Differentiable.apply(keys, *inputs)
         return below(keys, inputs)
 
