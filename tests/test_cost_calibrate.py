@@ -146,12 +146,10 @@ def test_the_callers_settings_of_torch_are_left_aside(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cost_calibrate, "_time", time)
     monkeypatch.setattr(cost_calibrate, "_DENSE_SIDES", (64,))
     torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
     try:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
             measured_rates(replace(NEEDS, bits=frozenset({5})))
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert len(outputs) > 60
     assert {(y.dtype, y.device.type) for y in outputs} == {(torch.float32, "cpu")}

@@ -235,12 +235,9 @@ def test_a_gradient_of_a_gradient_is_refused_rather_than_wrong() -> None:
 
 def test_another_default_device_does_not_matter() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(200, 70))
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         pk.compress_(layer, {"bits": 4})
         y = layer(torch.zeros(1, 200, device="cpu"))
         own = pk.QuantSparseLinear(20, 7, device="cpu")
-    finally:
-        torch.set_default_device(None)
     assert y.shape == (1, 70)
     assert own(torch.zeros(1, 20)).shape == (1, 7)

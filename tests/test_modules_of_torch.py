@@ -99,7 +99,8 @@ def older_cases() -> list[tuple[str, nn.Module, Tensor]]:
     """Of the older suite, which knows more convolutions: (name, dense layer, x)."""
     suite = torch_internal("common_nn")
     cases = []
-    for test in (*suite.module_tests, *suite.get_new_module_tests()):
+    newer = getattr(suite, "get_new_module_tests", lambda: suite.new_module_tests)
+    for test in (*suite.module_tests, *newer()):
         name = test.get("fullname") or test["module_name"]
         if not (name.startswith("Conv2d") or name == "Linear"):
             continue

@@ -93,15 +93,17 @@ def _repeated(weight: QuantSparseWeight, times: int) -> QuantSparseWeight:
     if weight.layout == Layout.DENSE:
         blocks, columns = units(M, K)
         split = 4 + 4 * (blocks * columns + 1)
-        starts = _repeated_starts(positions[4:split].view(torch.int32), times)
-        escapes = positions[split : len(positions) - READ_PADDING]
+        own = positions[4:split].view(torch.int32)
+        starts = _repeated_starts(own, times)
+        escapes = positions[split : split + 2 * int(own[-1])]
         parts = [positions[:4], starts.view(torch.uint8), escapes.repeat(times)]
     else:
         split = 4 * (M + 1)
         runs = split + M * windows(K)
-        starts = _repeated_starts(positions[:split].view(torch.int32), times)
+        own = positions[:split].view(torch.int32)
+        starts = _repeated_starts(own, times)
         parts = [starts.view(torch.uint8), positions[split:runs].repeat(times)]
-        parts.append(positions[runs : len(positions) - READ_PADDING].repeat(times))
+        parts.append(positions[runs : runs + int(own[-1])].repeat(times))
     padding = codes.new_zeros(READ_PADDING)
     return QuantSparseWeight.trusted(
         (M * times, K),
