@@ -20,6 +20,14 @@ from .weight import QuantSparseWeight
 _BUFFERS = ("row_ptr", "positions", "codes")
 
 
+def default_device() -> torch.device:
+    """Where torch puts a tensor now, also inside `with torch.device(...)`.
+
+    torch.get_default_device does not see such a block before torch 2.7.
+    """
+    return torch.empty(0).device
+
+
 class QuantSparseModule(nn.Module):
     """What both modules share: the compressed weight as buffers and a trainable codebook."""
 
@@ -105,7 +113,7 @@ class QuantSparseModule(nn.Module):
     def _initialise(self, bound: float, device: Any, dtype: torch.dtype | None) -> None:
         """Uniform weights in +-bound, at full density, on a uniform codebook."""
         dtype = dtype or torch.get_default_dtype()
-        if torch.device(device or torch.get_default_device()).type == "meta":
+        if torch.device(device or default_device()).type == "meta":
             self.codebook = nn.Parameter(self.codebook.to("meta", dtype))
             for name in _BUFFERS:
                 kind = torch.int32 if name == "row_ptr" else torch.uint8
@@ -116,7 +124,7 @@ class QuantSparseModule(nn.Module):
         codebook = codebook.expand(self.codebook.shape).contiguous()
         keep = torch.ones_like(dense, dtype=torch.bool)
         self.weight = QuantSparseWeight.from_dense(dense, codebook, keep)
-        self.to(device=device or torch.get_default_device(), dtype=dtype)
+        self.to(device=device or default_device(), dtype=dtype)
 
     def _make_bias(self, size: int, bound: float, device: Any, dtype: torch.dtype | None) -> None:
         bias = torch.empty(size, device=device, dtype=dtype)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from placekern.module import default_device
 from placekern.vpr.backbones import BACKBONES, BackboneSpec
 from placekern.vpr.netvlad import NetVLAD, normalize
 from placekern.vpr.preprocess import Preprocess, real_device
@@ -175,7 +176,7 @@ ARCHITECTURES: tuple[str, ...] = tuple(backbone + _SUFFIX for backbone in BACKBO
 def _materialise(construct: Any, generator: torch.Generator) -> Any:
     # Built on the meta device and filled once: torch's own initialisation would draw from the
     # global generator, and takes seconds on a whitening layer that an importer then overwrites.
-    device = torch.get_default_device()
+    device = default_device()
     with torch.device("meta"):
         module = construct()
     module = module.to_empty(device=device)

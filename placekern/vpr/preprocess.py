@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from placekern.module import default_device
+
 _ORDERS = ("rgb", "bgr")
 
 
@@ -93,7 +95,7 @@ def real_device() -> torch.device:
     A network that is built on the meta device to be filled from a file gets its parameters from
     there, but the preprocessing is no part of a state dict.
     """
-    device = torch.get_default_device()
+    device = default_device()
     return torch.device("cpu") if device.type == "meta" else device
 
 
