@@ -52,6 +52,15 @@ READ = {
     "sort_kernel": (),
 }
 
+# Kernels with a table of 256 values, each 32 times in shared memory.
+TABLES = {
+    "decode_dense<8, true, half>",
+    "direct_dense<8, 1, half>",
+    "direct_pairs<8, 1, half, true>",
+    "matmul_dense<8, 2, half>",
+    "matmul_pairs<8, 2, half>",
+}
+
 # Loops of compare-and-swap are what float atomics become in shared memory; and neither is a fixed
 # order of additions. Local memory is where spilled registers and run-time-indexed arrays go.
 FORBIDDEN = {
@@ -229,6 +238,34 @@ def test_kernels_have_what_they_were_written_for(module: Module, architecture: s
             assert function.count(pattern), f"{name} has no {pattern}"
         for what, pattern in FORBIDDEN.items():
             assert not function.count(pattern), f"{name} has {what}"
+
+
+def fills_its_table_at_once(function: Function) -> bool:
+    """Whether a round of some loop loads its values, then stores 16 bytes at least eight times."""
+    for body in function.loops.values():
+        kinds = [i for block in sorted(body) for i in function.blocks[block]]
+        loads = [k for k, i in enumerate(kinds) if i.kind == "LDG"]
+        stores = [k for k, i in enumerate(kinds) if i.opcode == "STS.128"]
+        barrier = any(i.kind == "BAR" for i in kinds)
+        if loads and len(stores) >= 8 and loads[-1] < stores[0] and not barrier:
+            return True
+    return False
+
+
+def test_a_fill_that_waits_for_each_value_is_recognised() -> None:
+    serial = "LDG.E R5, [R2]\n STS [R6], R5\n @P0| BRA 0\n EXIT"
+    at_once = "\n".join(["LDG.E R5, [R2]", *["STS.128 [R6], R8"] * 8, "@P0| BRA 0", "EXIT"])
+    in_turn = "\n".join(["STS.128 [R6], R8", "LDG.E R5, [R2]", at_once])
+    assert not fills_its_table_at_once(function(serial))
+    assert fills_its_table_at_once(function(at_once))
+    assert not fills_its_table_at_once(function(in_turn))
+
+
+def test_tables_are_filled_without_waiting_for_each_value(
+    module: Module, architecture: str
+) -> None:
+    for name, function in read(module, architecture, TABLES).items():
+        assert fills_its_table_at_once(function), name
 
 
 @pytest.mark.parametrize("name", BUDGETS)

@@ -60,6 +60,17 @@ __device__ inline float read(const Vector& from, int64_t i) {
     }
 }
 
+// The same in two halves: the bits as they lie in memory, through the cache of what no kernel
+// writes, and their value. Loads can be on their way together, as no conversion waits between them.
+__device__ __forceinline__ uint32_t word_of(const Vector& from, int64_t i) {
+    return from.dtype == Dtype::kFloat32 ? __ldg(static_cast<const uint32_t*>(from.data) + i)
+                                         : __ldg(static_cast<const uint16_t*>(from.data) + i);
+}
+__device__ __forceinline__ float value_of(uint32_t word, Dtype dtype) {
+    const float value = __uint_as_float(word << (dtype == Dtype::kBfloat16 ? 16 : 0));
+    return dtype == Dtype::kFloat16 ? unpack(word, __half()).x : value;
+}
+
 __device__ inline void write(const VectorOut& to, int64_t i, float value) {
     switch (to.dtype) {
         case Dtype::kFloat16:

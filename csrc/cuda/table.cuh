@@ -40,19 +40,46 @@ struct Table {
     // Fills kBytes of shared memory with bits(value) of each entry of the codebook that starts at
     // `first`, 0 for code `zero` and behind the codebook; by all threads of a block. The caller
     // synchronises.
+    //
+    // A thread has a code, or two that it loads at once where a block has fewer threads than the
+    // table has entries. `zero` comes from memory too, so it is looked at behind the loads.
     template <class F>
     __device__ static void fill(uint32_t* shared, const DeviceWeight& weight, int zero, F bits,
                                 int64_t first = 0) {
-        for (int i = threadIdx.x; i < kEntries * kCopies; i += blockDim.x) {
-            const int code = i / kCopies;
-            const bool real = code < 1 << weight.bits && code != zero;
-            shared[i] = bits(real ? read(weight.codebook, first + code) : 0.0f);
+        constexpr int kAtOnce = 2;
+        for (int code = threadIdx.x; code < kEntries; code += kAtOnce * blockDim.x) {
+            uint32_t word[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int own = code + i * blockDim.x;
+                word[i] = own < 1 << weight.bits ? word_of(weight.codebook, first + own) : 0u;
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int own = code + i * blockDim.x;
+                const float value = own == zero ? 0.0f : value_of(word[i], weight.codebook.dtype);
+                if (own < kEntries) store(shared + own * kCopies, own, bits(value));
+            }
         }
     }
 
     __device__ static Table of(const uint32_t* shared, int lane) {
         return {reinterpret_cast<const unsigned char*>(shared),
                 kCopies == 1 ? 0u : static_cast<unsigned>(4 * lane)};
+    }
+
+  private:
+    // All copies of an entry. Eight lanes store 16 bytes each at once: each begins at another place
+    // of its row of banks, or all eight would meet in the same four.
+    __device__ __forceinline__ static void store(uint32_t* entry, unsigned code, uint32_t value) {
+        if constexpr (kCopies == 1) {
+            *entry = value;
+        } else {
+#pragma unroll
+            for (unsigned i = 0; i < kCopies / 4; ++i)
+                reinterpret_cast<uint4*>(entry)[(code ^ i) % 8] =
+                    make_uint4(value, value, value, value);
+        }
     }
 };
 
