@@ -141,6 +141,21 @@ def test_decoded_slices_of_rows_are_put_together(
     assert relative_error(y.cpu(), expected(x, weight, bias, True)[0]) < 1e-5
 
 
+@pytest.mark.parametrize("N", [1, 2])
+@pytest.mark.parametrize("K", [16_384, 20_000, 33_000])
+def test_escapes_are_found_far_behind_the_first_columns(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, N: int, K: int
+) -> None:
+    monkeypatch.setattr(device, "_direct_splits", lambda *_: 1)
+    weight = random_weight(18, K, 0.5, 5)
+    codes = torch.randint(31, (weight.nnz,), dtype=torch.uint8)
+    codes[:: K // 5] = 31  # the rarest stands for "pruned", so these are escapes
+    weight = QuantSparseWeight.from_mask(weight.to_dense() != 0, codes, torch.randn(32))
+    x = torch.randn(N, K)
+    y = ops.linear(gpu.tensor(x), gpu.weight(weight, Layout.DENSE))
+    assert relative_error(y.cpu(), *expected(x, weight, None, False)) < ROUNDING[torch.float32]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_codebooks_and_biases_of_other_dtypes(gpu: Gpu, layout: Layout) -> None:
     weight = random_weight(20, 100, 0.5, 5)

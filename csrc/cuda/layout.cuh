@@ -109,6 +109,42 @@ __device__ __forceinline__ void for_escapes(const DeviceWeight& weight, int64_t 
     }
 }
 
+// Dense: which of the units first, first + kStep, ... before `end` have escapes, `ptr` being where
+// those of unit 0 start. A warp looks at 32 units at once, and at the first 32 when this is made:
+// asked unit by unit, nearly all would wait for nothing.
+template <int kStep>
+class EscapedUnits {
+  public:
+    __device__ __forceinline__ EscapedUnits(const int* ptr, int first, int end, int lane)
+        : ptr_(ptr), first_(first), end_(end), lane_(lane) {
+        look();
+    }
+
+    // Calls f(unit), the same in every lane of the warp, in ascending order.
+    template <class F>
+    __device__ __forceinline__ void visit(F f) {
+#pragma unroll 1
+        while (first_ < end_) {
+            unsigned found = __ballot_sync(0xffffffffu, begin_ != stop_);
+#pragma unroll 1
+            for (; found != 0; found &= found - 1) f(first_ + (__ffs(found) - 1) * kStep);
+            first_ += 32 * kStep;
+            look();
+        }
+    }
+
+  private:
+    __device__ __forceinline__ void look() {
+        const int own = first_ + lane_ * kStep;
+        begin_ = own < end_ ? __ldg(ptr_ + own) : 0;
+        stop_ = own < end_ ? __ldg(ptr_ + own + 1) : 0;
+    }
+
+    const int* ptr_;
+    int first_, end_, lane_;
+    int begin_, stop_;  // of the escapes of the lane's unit
+};
+
 // The lane that owns an element of a unit, and which of its 32.
 __host__ __device__ __forceinline__ int owner_of(int row, int column) {
     return row % 8 * 4 + column / 16;

@@ -47,17 +47,19 @@ struct Table {
     __device__ static void fill(uint32_t* shared, const DeviceWeight& weight, int zero, F bits,
                                 int64_t first = 0) {
         constexpr int kAtOnce = 2;
+        const int count = 1 << weight.bits;
         for (int code = threadIdx.x; code < kEntries; code += kAtOnce * blockDim.x) {
             uint32_t word[kAtOnce];
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-                const int own = code + i * blockDim.x;
-                word[i] = own < 1 << weight.bits ? word_of(weight.codebook, first + own) : 0u;
+                const int own = min(static_cast<int>(code + i * blockDim.x), count - 1);
+                word[i] = word_of(weight.codebook, first + own);
             }
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 const int own = code + i * blockDim.x;
-                const float value = own == zero ? 0.0f : value_of(word[i], weight.codebook.dtype);
+                const bool real = own < count && own != zero;
+                const float value = real ? value_of(word[i], weight.codebook.dtype) : 0.0f;
                 if (own < kEntries) store(shared + own * kCopies, own, bits(value));
             }
         }
