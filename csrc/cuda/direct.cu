@@ -5,7 +5,7 @@
 // multiply-add, at one byte (8 bits) or 5/8. Pairs: about eight instructions for 2.25 bytes.
 // The lookup is one wavefront of shared memory for 32 positions (table.cuh), so neither the table
 // nor the arithmetic is the bottleneck, if enough loads are in flight: each warp keeps the next two
-// or three units, or four chunks a lane, on their way while it works on the last.
+// or three units, or two chunks a lane, on their way while it works on as many.
 //
 // With several codebooks a block has 16 rows of one of them, and fills its table from that. Nothing
 // is tuned for it: small codebooks are read again by every block of their group.
@@ -165,82 +165,128 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) direct_dense(DirectArgs args
     }
 }
 
-constexpr int kAhead = 4;  // chunks of a lane on their way
+constexpr int kRowWarps = 2 * kWarps;  // of a block that takes pairs, each with a row
+
+// Puts x into shared memory as windows of 256 slots, those behind 248 and behind K zero; by all
+// threads of a block. Five loads of a thread are on their way at once: 512 threads read 16,384
+// numbers of 16 bits in one go.
+template <class T>
+__device__ __forceinline__ void stage(T* shared, const T* x, int K, int slots) {
+    constexpr int kVector = sizeof(uint4) / sizeof(T);  // divides 248
+    constexpr int kAtOnce = 5;
+#pragma unroll 1
+    for (int begin = threadIdx.x * kVector; begin < slots;
+         begin += kAtOnce * blockDim.x * kVector) {
+        uint4 vector[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int slot = begin + i * blockDim.x * kVector;
+            const int place = slot % kWindowSlots;
+            const int column = slot / kWindowSlots * kPairsWindow + place;
+            vector[i] = place < kPairsWindow && column < K && slot < slots
+                            ? __ldg(reinterpret_cast<const uint4*>(x + column))
+                            : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int slot = begin + i * blockDim.x * kVector;
+            if (slot < slots) *reinterpret_cast<uint4*>(shared + slot) = vector[i];
+        }
+    }
+}
+
+// Chunks of a lane, on their way from memory.
+template <int kAhead>
+struct Chunks {
+    uint4 pairs[kAhead];
+    int window[kAhead];
+
+    // The chunks `first`, first + 32, ... before `end`. The branch is also what keeps the compiler
+    // from moving loads down to where they are needed.
+    __device__ __forceinline__ void load(const DeviceWeight& weight, int first, int end) {
+        const uint4* const from = reinterpret_cast<const uint4*>(weight.codes) + first;
+        const uint8_t* const windows = weight.chunk_windows() + first;
+        if (first + (kAhead - 1) * kWarp < end) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                pairs[i] = __ldcs(from + i * kWarp);
+                window[i] = __ldcs(windows + i * kWarp);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const bool real = first + i * kWarp < end;
+                // Else eight times place 255, where x is zero, and code 0.
+                pairs[i] = real ? __ldcs(from + i * kWarp) : make_uint4(~0u, ~0u, 0, 0);
+                window[i] = real ? __ldcs(windows + i * kWarp) : 0;
+            }
+        }
+    }
+};
 
 // A warp has a row; its lanes take turns along the chunks. x lies in shared memory with the zeros
-// that padding pairs point to, or, where it does not fit, is gathered through the L1 cache.
+// that padding pairs point to, or, where it does not fit, is gathered through the L1 cache, which
+// takes more registers than two blocks leave on Turing.
 template <int kWidth, int kN, class T, bool kSharedX>
-__global__ void __launch_bounds__(2 * kWarps * kWarp) direct_pairs(DirectArgs args) {
+__global__ void __launch_bounds__(kRowWarps* kWarp, kSharedX ? 2 : 1)
+    direct_pairs(DirectArgs args) {
     using Codebook = Table<kWidth>;
+    constexpr int kAhead = 2;  // 34 KB of a multiprocessor with two blocks
     const DeviceWeight& weight = args.weight;
     auto* const shared = reinterpret_cast<uint32_t*>(placekern_shared);
-    unsigned char* const shared_x = placekern_shared + Codebook::kBytes;
+    auto* const shared_x = reinterpret_cast<T*>(placekern_shared + Codebook::kBytes);
     const int lane = threadIdx.x % kWarp;
-    const int warps = blockDim.x / kWarp;
     const int64_t n0 = static_cast<int64_t>(blockIdx.z) * kN;
-    const int64_t m = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarp;
-    const int64_t slots = weight.windows() * kWindowSlots;
+    const int64_t m0 = static_cast<int64_t>(blockIdx.x) * kRowWarps;
+    const int64_t m = m0 + threadIdx.x / kWarp;
+    const int slots = static_cast<int>(weight.windows()) * kWindowSlots;
     const T* rows[kN];
 #pragma unroll
     for (int n = 0; n < kN; ++n)
         rows[n] =
             static_cast<const T*>(args.source.x) + min(n0 + n, args.out.N - 1) * args.source.stride;
 
-    Codebook::fill(shared, weight, -1, ExactBits(),
-                   weight.first_entry(static_cast<int64_t>(blockIdx.x) * warps));
+    // All that comes from memory is asked for before anything is waited for; the chunks as soon as
+    // it is known where they lie.
+    const int row_first = m < weight.M ? __ldg(weight.chunk_ptr() + m) : 0;
+    const int row_end = m < weight.M ? __ldg(weight.chunk_ptr() + m + 1) : 0;
+    const auto entries = Codebook::Entries::load(weight, weight.first_entry(m0));
     if constexpr (kSharedX) {
-        // Eight or four elements at a time; a window of 248 is a multiple of both.
-        constexpr int kVector = sizeof(uint4) / sizeof(T);
-        for (int64_t slot = threadIdx.x * kVector; slot < slots; slot += blockDim.x * kVector) {
-            const int64_t column = slot / kWindowSlots * kPairsWindow + slot % kWindowSlots;
-            const bool inside = slot % kWindowSlots < kPairsWindow && column < weight.K;
 #pragma unroll
-            for (int n = 0; n < kN; ++n) {
-                *reinterpret_cast<uint4*>(shared_x + (n * slots + slot) * sizeof(T)) =
-                    inside ? __ldg(reinterpret_cast<const uint4*>(rows[n] + column))
-                           : make_uint4(0, 0, 0, 0);
-            }
-        }
+        for (int n = 0; n < kN; ++n)
+            stage(shared_x + n * slots, rows[n], static_cast<int>(weight.K), slots);
     }
-    __syncthreads();
-    if (m >= weight.M) return;  // whole warps; nothing below waits for the block
-    const Codebook table = Codebook::of(shared, lane);
-    const uint4* const chunks = reinterpret_cast<const uint4*>(weight.codes);
-    const uint8_t* const windows = weight.chunk_windows();
-    const int row_first = __ldg(weight.chunk_ptr() + m);
-    const int row_end = __ldg(weight.chunk_ptr() + m + 1);
     const int per_split = (row_end - row_first + args.out.splits - 1) / args.out.splits;
     const int first = row_first + per_split * static_cast<int>(blockIdx.y);
     const int end = min(first + per_split, row_end);
+    Chunks<kAhead> next;
+    next.load(weight, first + lane, end);
+    Codebook::fill(shared, weight, -1, ExactBits(), entries);
+    __syncthreads();
+    if (m >= weight.M) return;  // whole warps; nothing below waits for the block
+    const Codebook table = Codebook::of(shared, lane);
 
     float sums[kN] = {};
     for (int begin = first; begin < end; begin += kAhead * kWarp) {
-        uint4 chunk[kAhead];
-        int window[kAhead];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            const int c = begin + i * kWarp + lane;
-            // Behind the end: eight times place 255, where x is zero, and code 0.
-            chunk[i] = c < end ? __ldcs(chunks + c) : make_uint4(~0u, ~0u, 0, 0);
-            window[i] = c < end ? __ldcs(windows + c) : 0;
-        }
+        const Chunks<kAhead> now = next;
+        next.load(weight, begin + kAhead * kWarp + lane, end);
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
 #pragma unroll
             for (int j = 0; j < kChunk; ++j) {
-                const float value = __uint_as_float(table.of(chunk[i], j));
+                const float value = __uint_as_float(table.of(now.pairs[i], j));
                 // A window's slots start on a power of two: union instead of addition.
                 constexpr int kLog = sizeof(T) == 4 ? 2 : 1;
-                const unsigned slot = scaled_chunk_byte<kLog>(chunk[i], j) |
-                                      static_cast<unsigned>(window[i]) * (kWindowSlots << kLog);
-                const int place = chunk_byte(chunk[i], j);
+                const unsigned slot = scaled_chunk_byte<kLog>(now.pairs[i], j) |
+                                      static_cast<unsigned>(now.window[i]) * (kWindowSlots << kLog);
+                const int place = chunk_byte(now.pairs[i], j);
 #pragma unroll
                 for (int n = 0; n < kN; ++n) {
                     if constexpr (kSharedX) {
-                        const unsigned char* const row = shared_x + n * slots * sizeof(T);
-                        sums[n] += value * to_float(*reinterpret_cast<const T*>(row + slot));
+                        const auto* const x = reinterpret_cast<const char*>(shared_x + n * slots);
+                        sums[n] += value * to_float(*reinterpret_cast<const T*>(x + slot));
                     } else if (place < kPairsWindow) {
-                        sums[n] += value * to_float(rows[n][window[i] * kPairsWindow + place]);
+                        sums[n] += value * to_float(rows[n][now.window[i] * kPairsWindow + place]);
                     }
                 }
             }
@@ -270,13 +316,12 @@ void launch_direct(const DirectArgs& args, const Queue& queue) {
             Table<kWidth>::kBytes + kSums);
         return;
     }
-    constexpr int kRows = 2 * kWarps;
     const size_t shared = Table<kWidth>::kBytes + kN * weight.windows() * kWindowSlots * sizeof(T);
-    const int64_t blocks = (weight.M + kRows - 1) / kRows;
+    const int64_t blocks = (weight.M + kRowWarps - 1) / kRowWarps;
     if (shared <= static_cast<size_t>(shared_limit(queue.device)))
-        run(direct_pairs<kWidth, kN, T, true>, blocks, kRows * kWarp, shared);
+        run(direct_pairs<kWidth, kN, T, true>, blocks, kRowWarps * kWarp, shared);
     else
-        run(direct_pairs<kWidth, kN, T, false>, blocks, kRows * kWarp, Table<kWidth>::kBytes);
+        run(direct_pairs<kWidth, kN, T, false>, blocks, kRowWarps * kWarp, Table<kWidth>::kBytes);
 }
 
 }  // namespace

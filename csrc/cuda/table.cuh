@@ -37,31 +37,47 @@ struct Table {
         return *reinterpret_cast<const uint32_t*>(entries + (offset | copy));
     }
 
+    // Codes of a thread in `fill`, whose blocks have kEntries / kAtOnce threads or more.
+    static constexpr int kAtOnce = kWidth == 8 ? 2 : 1;
+
+    // The thread's entries of the codebook that starts at `first`, on their way from memory.
+    struct Entries {
+        uint32_t word[kAtOnce];
+
+        __device__ static Entries load(const DeviceWeight& weight, int64_t first) {
+            Entries entries;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int code = min(code_of(i), (1 << weight.bits) - 1);
+                entries.word[i] = word_of(weight.codebook, first + code);
+            }
+            return entries;
+        }
+
+        __device__ static int code_of(int i) {
+            return static_cast<int>(threadIdx.x + i * blockDim.x);
+        }
+    };
+
     // Fills kBytes of shared memory with bits(value) of each entry of the codebook that starts at
     // `first`, 0 for code `zero` and behind the codebook; by all threads of a block. The caller
     // synchronises.
-    //
-    // A thread has a code, or two that it loads at once where a block has fewer threads than the
-    // table has entries. `zero` comes from memory too, so it is looked at behind the loads.
     template <class F>
     __device__ static void fill(uint32_t* shared, const DeviceWeight& weight, int zero, F bits,
                                 int64_t first = 0) {
-        constexpr int kAtOnce = 2;
-        const int count = 1 << weight.bits;
-        for (int code = threadIdx.x; code < kEntries; code += kAtOnce * blockDim.x) {
-            uint32_t word[kAtOnce];
+        fill(shared, weight, zero, bits, Entries::load(weight, first));
+    }
+
+    // The same with entries that were asked for before.
+    template <class F>
+    __device__ static void fill(uint32_t* shared, const DeviceWeight& weight, int zero, F bits,
+                                const Entries& entries) {
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                const int own = min(static_cast<int>(code + i * blockDim.x), count - 1);
-                word[i] = word_of(weight.codebook, first + own);
-            }
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                const int own = code + i * blockDim.x;
-                const bool real = own < count && own != zero;
-                const float value = real ? value_of(word[i], weight.codebook.dtype) : 0.0f;
-                if (own < kEntries) store(shared + own * kCopies, own, bits(value));
-            }
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int code = Entries::code_of(i);
+            const bool real = code < 1 << weight.bits && code != zero;
+            const float value = real ? value_of(entries.word[i], weight.codebook.dtype) : 0.0f;
+            if (code < kEntries) store(shared + code * kCopies, code, bits(value));
         }
     }
 
