@@ -168,6 +168,31 @@ def test_codebooks_and_biases_of_other_dtypes(gpu: Gpu, layout: Layout) -> None:
         assert relative_error(y.cpu(), exact) < 2e-3
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize(
+    ("M", "K", "density", "first"),
+    [(40, 264, 0.3, 16), (37, 251, 1.0, 32), (16, 2500, 0.4, 0), (17, 9920, 0.05, 16)],
+)
+def test_decoding_writes_every_element_and_none_behind(
+    gpu: Gpu,
+    layout: Layout,
+    dtype: torch.dtype,
+    bits: int,
+    M: int,
+    K: int,
+    density: float,
+    first: int,
+) -> None:
+    weight = random_weight(M, K, density, bits)
+    scratch = gpu.tensor(torch.full((M - first + 1, K), float("nan"), dtype=dtype))
+    native = ops.common.weight(*ops.common.arrays(gpu.weight(weight, layout)))
+    _native.device_decode(native, first, scratch[:-1])
+    assert torch.equal(scratch[:-1].cpu(), weight.to_dense()[first:].to(dtype))
+    assert scratch[-1].isnan().all()
+
+
 def test_strided_and_misaligned_x(gpu: Gpu) -> None:
     weight = random_weight(20, 128, 0.5, 8)
     moved, dense = gpu.weight(weight), weight.to_dense()

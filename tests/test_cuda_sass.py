@@ -41,7 +41,8 @@ READ = {
     "backward_pairs<8, 2, 3, half>": (WIDE_LOAD, "HMMA", "MOVM"),
     "decode_dense<8, false, half>": (WIDE_LOAD,),
     "decode_dense<8, true, half>": (WIDE_LOAD,),
-    "decode_pairs": (WIDE_LOAD,),
+    "decode_pairs<false, half>": (WIDE_LOAD, r"STG\.E\.128"),
+    "decode_pairs<true, half>": (WIDE_LOAD, r"STG\.E\.128"),
     "direct_dense<8, 1, half>": (WIDE_LOAD,),
     "direct_pairs<8, 1, half, true>": (WIDE_LOAD,),
     "finish_kernel": (),
@@ -101,6 +102,8 @@ BUDGETS = {
     "direct_dense<5, 2, bfloat16>": Loop("FFMA", 192, (WIDE_LOAD,), 3, 247),
     # 256 non-zeros.
     "direct_pairs<8, 1, bfloat16, true>": Loop("FFMA", 16, (WIDE_LOAD,), 2, 105),
+    # 256 non-zeros, put among zeros; a lane has two chunks in a round.
+    "decode_pairs<true, bfloat16>": Loop("STS", 16, (WIDE_LOAD, "LDS"), 2, 81),
     # A unit times 16 columns; times 64, where a warp has two units at once.
     "matmul_dense<8, 2, bfloat16>": Loop("HMMA", 8, (WIDE_LOAD, "LDGSTS"), 1, 239),
     "matmul_dense<8, 8, bfloat16>": Loop("HMMA", 64, (WIDE_LOAD, "LDGSTS"), 2, 231),
@@ -225,7 +228,7 @@ def test_symbols_are_read_as_the_source_writes_them() -> None:
         kernel_of(f"{prefix}11decode_thatILi5EfEEvNS0_10DecodeArgsE").name
         == "decode_that<5, float>"
     )
-    assert kernel_of(f"{prefix}12decode_pairsENS0_10DecodeArgsE").name == "decode_pairs"
+    assert kernel_of(f"{prefix}13finish_kernelENS0_6OutputE").name == "finish_kernel"
 
 
 def test_what_is_forbidden_is_recognised() -> None:

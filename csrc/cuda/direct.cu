@@ -195,35 +195,6 @@ __device__ __forceinline__ void stage(T* shared, const T* x, int K, int slots) {
     }
 }
 
-// Chunks of a lane, on their way from memory.
-template <int kAhead>
-struct Chunks {
-    uint4 pairs[kAhead];
-    int window[kAhead];
-
-    // The chunks `first`, first + 32, ... before `end`. The branch is also what keeps the compiler
-    // from moving loads down to where they are needed.
-    __device__ __forceinline__ void load(const DeviceWeight& weight, int first, int end) {
-        const uint4* const from = reinterpret_cast<const uint4*>(weight.codes) + first;
-        const uint8_t* const windows = weight.chunk_windows() + first;
-        if (first + (kAhead - 1) * kWarp < end) {
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                pairs[i] = __ldcs(from + i * kWarp);
-                window[i] = __ldcs(windows + i * kWarp);
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                const bool real = first + i * kWarp < end;
-                // Else eight times place 255, where x is zero, and code 0.
-                pairs[i] = real ? __ldcs(from + i * kWarp) : make_uint4(~0u, ~0u, 0, 0);
-                window[i] = real ? __ldcs(windows + i * kWarp) : 0;
-            }
-        }
-    }
-};
-
 // A warp has a row; its lanes take turns along the chunks. x lies in shared memory with the zeros
 // that padding pairs point to, or, where it does not fit, is gathered through the L1 cache, which
 // takes more registers than two blocks leave on Turing.

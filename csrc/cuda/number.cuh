@@ -33,6 +33,13 @@ __device__ __forceinline__ uint32_t to_bits(float value, __nv_bfloat16) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
+// The same for any T: a float as it is.
+__device__ __forceinline__ uint32_t bits_of(float value, float) { return __float_as_uint(value); }
+template <class T>
+__device__ __forceinline__ uint32_t bits_of(float value, T) {
+    return to_bits(value, T());
+}
+
 template <class T>
 __device__ __forceinline__ T from_float(float value);
 template <>
