@@ -171,8 +171,7 @@ def slices(weight: _native.Weight, x: Tensor) -> Iterator[tuple[int, Tensor]]:
     per_row = max(weight.K, 1) * x.element_size()
     rows = min(max(16, SCRATCH_BYTES // per_row // 16 * 16), _DECODED_ROWS)
     for first in range(0, weight.M, rows):
-        size = (min(rows, weight.M - first), weight.K)
-        dense = x.new_zeros(size) if weight.layout == Layout.PAIRS else x.new_empty(size)
+        dense = x.new_empty(min(rows, weight.M - first), weight.K)
         _native.device_decode(weight, first, dense)
         yield first, dense
 

@@ -237,6 +237,38 @@ class Function:
         return order[::-1]
 
 
+def work_behind_loads(way: Sequence[Instruction], load: str, kind: str) -> list[int]:
+    """How much work each load of a loop has behind it before its value is waited for.
+
+    Args:
+        way: once round the loop; it goes on at the start.
+        load: pattern that the opcodes of the loads match from their start.
+        kind: of the instructions that are the work.
+
+    Returns:
+        Of each load, the instructions of that kind between it and the first that reads a register
+        it writes; of a whole round where none does.
+    """
+    result = []
+    for at, instruction in enumerate(way):
+        if not re.match(load, instruction.opcode):
+            continue
+        first = int(_REGISTER.findall(instruction.operands)[0])
+        width = 4 if "128" in instruction.opcode else 2 if "64" in instruction.opcode else 1
+        written = {str(first + i) for i in range(width)}
+        work = 0
+        for other in [*way[at + 1 :], *way[:at]]:
+            _, _, sources = other.operands.partition(",")
+            if written & set(_REGISTER.findall(sources)):
+                break
+            work += other.kind == kind
+        result.append(work)
+    return result
+
+
+_REGISTER = re.compile(r"\bR(\d+)")
+
+
 class Module:
     """A compiled CUDA module, read with cuobjdump and nvdisasm.
 

@@ -142,6 +142,21 @@ def test_decoded_slices_of_rows_are_put_together(
     assert relative_error(y.cpu(), expected(x, weight, bias, True)[0]) < 1e-5
 
 
+@pytest.mark.parametrize("N", [1, 2])
+@pytest.mark.parametrize("K", [16_384, 20_000, 33_000])
+def test_escapes_are_found_far_behind_the_first_columns(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, N: int, K: int
+) -> None:
+    monkeypatch.setattr(device, "_direct_splits", lambda *_: 1)
+    weight = random_weight(18, K, 0.5, 5)
+    codes = torch.randint(31, (weight.nnz,), dtype=torch.uint8)
+    codes[:: K // 5] = 31  # the rarest stands for "pruned", so these are escapes
+    weight = QuantSparseWeight.from_mask(weight.to_dense() != 0, codes, torch.randn(32))
+    x = torch.randn(N, K)
+    y = ops.linear(gpu.tensor(x), gpu.weight(weight, Layout.DENSE))
+    assert relative_error(y.cpu(), *expected(x, weight, None, False)) < ROUNDING[torch.float32]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_codebooks_and_biases_of_other_dtypes(gpu: Gpu, layout: Layout) -> None:
     weight = random_weight(20, 100, 0.5, 5)
@@ -152,6 +167,31 @@ def test_codebooks_and_biases_of_other_dtypes(gpu: Gpu, layout: Layout) -> None:
         y = ops.linear(gpu.tensor(x), gpu.weight(weight, layout), gpu.tensor(bias))
         exact = x.double() @ weight.to_dense().double().T + bias.double()
         assert relative_error(y.cpu(), exact) < 2e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize(
+    ("M", "K", "density", "first"),
+    [(40, 264, 0.3, 16), (37, 251, 1.0, 32), (16, 2500, 0.4, 0), (17, 9920, 0.05, 16)],
+)
+def test_decoding_writes_every_element_and_none_behind(
+    gpu: Gpu,
+    layout: Layout,
+    dtype: torch.dtype,
+    bits: int,
+    M: int,
+    K: int,
+    density: float,
+    first: int,
+) -> None:
+    weight = random_weight(M, K, density, bits)
+    scratch = gpu.tensor(torch.full((M - first + 1, K), float("nan"), dtype=dtype))
+    native = ops.common.weight(*ops.common.arrays(gpu.weight(weight, layout)))
+    _native.device_decode(native, first, scratch[:-1])
+    assert torch.equal(scratch[:-1].cpu(), weight.to_dense()[first:].to(dtype))
+    assert scratch[-1].isnan().all()
 
 
 def test_strided_and_misaligned_x(gpu: Gpu) -> None:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 import pytest
-from sass import Function, Instruction, Kernel, Module, kernel_of
+from sass import Function, Instruction, Kernel, Module, kernel_of, work_behind_loads
 from test_build import CUDA, ROOT
 
 # All templates of csrc/cuda; a new kernel is entered here on purpose, and below where it is hot.
@@ -41,7 +41,8 @@ READ = {
     "backward_pairs<8, 2, 3, half>": (WIDE_LOAD, "HMMA", "MOVM"),
     "decode_dense<8, false, half>": (WIDE_LOAD,),
     "decode_dense<8, true, half>": (WIDE_LOAD,),
-    "decode_pairs": (WIDE_LOAD,),
+    "decode_pairs<false, half>": (WIDE_LOAD, r"STG\.E\.128"),
+    "decode_pairs<true, half>": (WIDE_LOAD, r"STG\.E\.128"),
     "direct_dense<8, 1, half>": (WIDE_LOAD,),
     "direct_pairs<8, 1, half, true>": (WIDE_LOAD,),
     "finish_kernel": (),
@@ -50,6 +51,15 @@ READ = {
     "matmul_dense<8, 2, half>": (WIDE_LOAD, "HMMA"),
     "matmul_pairs<8, 2, half>": (WIDE_LOAD, "HMMA"),
     "sort_kernel": (),
+}
+
+# Kernels with a table of 256 values, each 32 times in shared memory.
+TABLES = {
+    "decode_dense<8, true, half>",
+    "direct_dense<8, 1, half>",
+    "direct_pairs<8, 1, half, true>",
+    "matmul_dense<8, 2, half>",
+    "matmul_pairs<8, 2, half>",
 }
 
 # Loops of compare-and-swap are what float atomics become in shared memory; and neither is a fixed
@@ -85,11 +95,15 @@ class Loop:
 # for 1,024 positions of the dense layout (5 bits: 198), 178 for 256 non-zeros of the pairs layout,
 # and 49 for 32 points. Products of many columns are bound by shared memory and tensor cores.
 BUDGETS = {
-    # A unit of 1,024 positions.
-    "direct_dense<8, 1, bfloat16>": Loop("FFMA", 32, (WIDE_LOAD,), 1, 228),
-    "direct_dense<5, 1, bfloat16>": Loop("FFMA", 32, (WIDE_LOAD,), 1, 241),
+    # A unit of 1,024 positions; a round has as many as are on their way.
+    "direct_dense<8, 1, bfloat16>": Loop("FFMA", 64, (WIDE_LOAD,), 2, 189),
+    "direct_dense<5, 1, bfloat16>": Loop("FFMA", 96, (WIDE_LOAD,), 3, 186),
+    "direct_dense<8, 2, bfloat16>": Loop("FFMA", 128, (WIDE_LOAD,), 2, 251),
+    "direct_dense<5, 2, bfloat16>": Loop("FFMA", 192, (WIDE_LOAD,), 3, 247),
     # 256 non-zeros.
-    "direct_pairs<8, 1, bfloat16, true>": Loop("FFMA", 32, (WIDE_LOAD,), 4, 105),
+    "direct_pairs<8, 1, bfloat16, true>": Loop("FFMA", 16, (WIDE_LOAD,), 2, 105),
+    # 256 non-zeros, put among zeros; a lane has two chunks in a round.
+    "decode_pairs<true, bfloat16>": Loop("STS", 16, (WIDE_LOAD, "LDS"), 2, 81),
     # A unit times 16 columns; times 64, where a warp has two units at once.
     "matmul_dense<8, 2, bfloat16>": Loop("HMMA", 8, (WIDE_LOAD, "LDGSTS"), 1, 239),
     "matmul_dense<8, 8, bfloat16>": Loop("HMMA", 64, (WIDE_LOAD, "LDGSTS"), 2, 231),
@@ -104,6 +118,19 @@ BUDGETS = {
     # 32 points.
     "assign_kernel": Loop("ATOMS", 16, (WIDE_LOAD, r"STG\.E$"), 16, 28),
 }
+
+
+# Multiply-adds that a warp has left to do when it asks for codes: of all the units or chunks that
+# are on their way, but for what is begun before the loads are issued.
+PREFETCHED = {
+    "direct_dense<8, 1, bfloat16>": 2 * 32 - 8,
+    "direct_dense<5, 1, bfloat16>": 3 * 32 - 8,
+    "direct_dense<8, 2, bfloat16>": 2 * 64 - 16,
+    "direct_dense<5, 2, bfloat16>": 3 * 64 - 16,
+    "direct_pairs<8, 1, bfloat16, true>": 2 * 8,
+    "direct_pairs<8, 2, bfloat16, true>": 2 * 16,
+}
+CODES = r"LDG\.E\.EF"
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +207,19 @@ def test_a_block_behind_the_end_belongs_to_the_loop_that_it_returns_to() -> None
     assert len(function(code).main_way("FFMA", "FADD")) == 5
 
 
+def test_work_behind_a_load_ends_where_its_value_is_read() -> None:
+    code = """FFMA R1, R2, R3, R1
+        LDG.E.EF.128 R4, desc[UR4][R8.64]
+        FFMA R1, R2, R3, R1
+        LDG.E.EF R9, desc[UR4][R10.64]
+        FFMA R1, R9, R3, R1
+        MOV R7, R11
+        FFMA R1, R2, R6, R1"""
+    way = function(code).instructions
+    assert work_behind_loads(way, "LDG", "FFMA") == [2, 0]
+    assert work_behind_loads(way[:-1], "LDG", "FFMA") == [3, 0]
+
+
 def test_symbols_are_read_as_the_source_writes_them() -> None:
     prefix = "_ZN9placekern4cuda41_GLOBAL__N__af6d0c43_9_direct_cu_ea476bac"
     name = f"{prefix}12direct_pairsILi8ELi1E13__nv_bfloat16Lb0EEEvNS0_10DirectArgsE"
@@ -188,7 +228,7 @@ def test_symbols_are_read_as_the_source_writes_them() -> None:
         kernel_of(f"{prefix}11decode_thatILi5EfEEvNS0_10DecodeArgsE").name
         == "decode_that<5, float>"
     )
-    assert kernel_of(f"{prefix}12decode_pairsENS0_10DecodeArgsE").name == "decode_pairs"
+    assert kernel_of(f"{prefix}13finish_kernelENS0_6OutputE").name == "finish_kernel"
 
 
 def test_what_is_forbidden_is_recognised() -> None:
@@ -231,6 +271,37 @@ def test_kernels_have_what_they_were_written_for(module: Module, architecture: s
             assert not function.count(pattern), f"{name} has {what}"
 
 
+def fills_its_table_at_once(function: Function) -> bool:
+    """Whether what comes before the first barrier stores all copies of an entry 16 bytes at a time.
+
+    No loop there may load a value and store a word of it: each round would wait for memory.
+    """
+    barrier = next(i.address for i in function.instructions if i.kind == "BAR")
+    before = [i for i in function.instructions if i.address < barrier]
+    for body in function.loops.values():
+        opcodes = {i.opcode for block in body for i in function.blocks[block] if i in before}
+        if "STS" in opcodes and any(opcode.startswith("LDG") for opcode in opcodes):
+            return False
+    return sum(i.opcode == "STS.128" for i in before) >= 8
+
+
+def test_a_fill_that_waits_for_each_value_is_recognised() -> None:
+    serial = "LDG.E R5, [R2]\n STS [R6], R5\n @P0| BRA 0\n"
+    at_once = "LDG.E R5, [R2]\n" + "STS.128 [R6], R8\n" * 8
+    rest = "BAR.SYNC 0x0\n" + at_once + "EXIT"
+    assert fills_its_table_at_once(function(at_once + rest))
+    assert not fills_its_table_at_once(function(serial + rest))
+    assert not fills_its_table_at_once(function(serial + at_once + rest))
+    assert not fills_its_table_at_once(function(at_once[: at_once.rindex("STS")] + rest))
+
+
+def test_tables_are_filled_without_waiting_for_each_value(
+    module: Module, architecture: str
+) -> None:
+    for name, function in read(module, architecture, TABLES).items():
+        assert fills_its_table_at_once(function), name
+
+
 @pytest.mark.parametrize("name", BUDGETS)
 def test_main_loops_stay_within_their_budget(module: Module, name: str) -> None:
     if "sm_90" not in module.architectures:
@@ -241,3 +312,13 @@ def test_main_loops_stay_within_their_budget(module: Module, name: str) -> None:
         assert any(re.match(pattern, i.opcode) for i in way), f"no {pattern} in the main loop"
     assert sum(i.kind == loop.kind for i in way) >= loop.least
     assert len(way) / loop.work <= loop.budget
+
+
+@pytest.mark.parametrize("name", PREFETCHED)
+def test_codes_are_asked_for_before_the_work_on_others(module: Module, name: str) -> None:
+    if "sm_90" not in module.architectures:
+        pytest.skip(f"_cuda was built for {', '.join(module.architectures)} only")
+    way = read(module, "sm_90", {name})[name].main_way("FFMA", WIDE_LOAD)
+    work = work_behind_loads(way, CODES, "FFMA")
+    assert work
+    assert min(work) >= PREFETCHED[name]

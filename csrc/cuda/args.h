@@ -123,7 +123,7 @@ struct MatmulArgs {
 struct DecodeArgs {
     DeviceWeight weight;
     int64_t first, rows;  // of the weight; first is a multiple of 16
-    VectorOut dense;      // [rows, K]; zeroed by the caller for the pairs layout
+    VectorOut dense;      // [rows, K] on 16 bytes; all of it is written
 };
 
 }  // namespace placekern::cuda

@@ -1,7 +1,9 @@
 // Writes rows of a weight out as a dense matrix. What limits it: the bytes that it writes.
 //
-// With several codebooks rows of a unit may have different ones, so values are read from global
+// With several codebooks rows of a block may have different ones, so values are read from global
 // memory, through the caches, and not from a table in shared memory. That is not tuned.
+#include <type_traits>
+
 #include "ops.h"
 #include "table.cuh"
 
@@ -28,18 +30,23 @@ template <int kWidth, bool kOneCodebook, class T>
 __global__ void __launch_bounds__(kWarps* kWarp) decode_dense(DecodeArgs args) {
     const DeviceWeight& weight = args.weight;
     auto* const entries = reinterpret_cast<uint32_t*>(placekern_shared);
+    const int lane = threadIdx.x % kWarp;
+    const int64_t units = weight.units();
+    const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+    const int64_t block = args.first / kUnitRows + blockIdx.y;
+    UnitCodes<kWidth> codes = {};
+    Escapes escapes;
+    if (unit < units) {  // on their way while the table is filled
+        codes =
+            load_codes<kWidth>(weight.codes + (block * units + unit) * kUnitBytes<kWidth>, lane);
+        escapes = Escapes::of(weight, block * units + unit);
+    }
     const int zero = zero_code(weight);
     if constexpr (kOneCodebook) {
         Table<kWidth>::fill(entries, weight, zero, ExactBits());
         __syncthreads();
     }
-    const int lane = threadIdx.x % kWarp;
-    const int64_t units = weight.units();
-    const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-    const int64_t block = args.first / kUnitRows + blockIdx.y;
     if (unit >= units) return;
-    const auto codes =
-        load_codes<kWidth>(weight.codes + (block * units + unit) * kUnitBytes<kWidth>, lane);
     float value[kUnitCodes];
     if constexpr (kOneCodebook) {
         const auto table = Table<kWidth>::of(entries, lane);
@@ -54,19 +61,13 @@ __global__ void __launch_bounds__(kWarps* kWarp) decode_dense(DecodeArgs args) {
             value[j] = code == zero ? 0.0f : read(weight.codebook, first[j / 16] + code);
         }
     }
-    if (has_escapes(weight)) {
-        const float only = kOneCodebook ? read(weight.codebook, zero) : 0.0f;
-        for_escapes(weight, block * units + unit, [&](int row, int column) {
-            float escape = only;
-            if constexpr (!kOneCodebook) {
-                const int64_t first = weight.first_entry(block * kUnitRows + row);
-                escape = read(weight.codebook, first + zero);
-            }
-            const int own = owner_of(row, column) == lane ? element_of(row, column) : -1;
+    escapes.visit(weight, [&](int row, int column) {
+        const int64_t first = kOneCodebook ? 0 : weight.first_entry(block * kUnitRows + row);
+        const float escape = read(weight.codebook, first + zero);
+        const int own = owner_of(row, column) == lane ? element_of(row, column) : -1;
 #pragma unroll
-            for (int j = 0; j < kUnitCodes; ++j) value[j] = j == own ? escape : value[j];
-        });
-    }
+        for (int j = 0; j < kUnitCodes; ++j) value[j] = j == own ? escape : value[j];
+    });
     const int64_t column = unit * kUnitColumns + lane % 4 * 16;
     constexpr int kVector = sizeof(uint4) / sizeof(T);
     const bool whole = weight.K % kVector == 0;
@@ -89,23 +90,110 @@ __global__ void __launch_bounds__(kWarps* kWarp) decode_dense(DecodeArgs args) {
     }
 }
 
-// A warp has a row; a lane writes the eight values of a chunk where they belong.
-__global__ void __launch_bounds__(kWarps* kWarp) decode_pairs(DecodeArgs args) {
-    const DeviceWeight& weight = args.weight;
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-    if (row >= args.rows) return;
-    const int64_t first_entry = weight.first_entry(args.first + row);
-    const int end = weight.chunk_ptr()[args.first + row + 1];
-    for (int c = weight.chunk_ptr()[args.first + row] + threadIdx.x % kWarp; c < end; c += kWarp) {
-        const uint4 chunk = __ldcs(reinterpret_cast<const uint4*>(weight.codes) + c);
-        const int64_t first = row * weight.K + weight.chunk_windows()[c] * kPairsWindow;
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) {
-            const int place = chunk_byte(chunk, j);
-            if (place < kPairsWindow)
-                write(args.dense, first + place,
-                      read(weight.codebook, first_entry + chunk_byte(chunk, kChunk + j)));
+constexpr int kPieceWindows = 4;  // of a row, which a warp has: some 40 chunks at a density of 0.3
+constexpr int kPieceSlots = kPieceWindows * kWindowSlots;
+constexpr int kCodes = 256;
+static_assert(kCodes == kWarps * kWarp, "a thread fills an entry of the table");
+
+// Where the chunks of a warp's windows lie, from the first window and its row: all lanes get it.
+struct PieceChunks {
+    int begin, end;
+
+    __device__ __forceinline__ static PieceChunks of(const DeviceWeight& weight, int64_t row,
+                                                     int window, int lane) {
+        const int start = __ldg(weight.chunk_ptr() + row);
+        const int windows = static_cast<int>(weight.windows());
+        const uint8_t* const counts = weight.run_chunks() + row * windows;
+        const int last = min(window + kPieceWindows, windows);
+        int sum = 0;  // of the windows before, and in the low byte of its own: at most 4 x 31
+        for (int w = lane; w < last; w += kWarp) {
+            const int count = __ldg(counts + w);
+            sum += w < window ? count << 8 : count;
         }
+#pragma unroll
+        for (int step = kWarp / 2; step > 0; step /= 2)
+            sum += __shfl_xor_sync(kFullWarp, sum, step);
+        const int begin = start + (sum >> 8);
+        return {begin, begin + (sum & 0xff)};
+    }
+};
+
+// A warp has four windows of a row. It puts their entries among zeros in shared memory, each window
+// in 256 slots, and writes them out by whole vectors, so that nobody has to clear the matrix.
+template <bool kOneCodebook, class T>
+__global__ void __launch_bounds__(kWarps* kWarp) decode_pairs(DecodeArgs args) {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    const DeviceWeight& weight = args.weight;
+    auto* const table = reinterpret_cast<uint32_t*>(placekern_shared);
+    const int lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarp;
+    auto* const tile = reinterpret_cast<Bits*>(table + kCodes) + warp * kPieceSlots;
+    const unsigned pieces =
+        (static_cast<unsigned>(weight.windows()) + kPieceWindows - 1) / kPieceWindows;
+    const unsigned own = blockIdx.x * kWarps + warp;
+    const int64_t row = own / pieces;
+    const int window = static_cast<int>(own % pieces) * kPieceWindows;
+    const bool real = row < args.rows;
+
+    const int code = min(static_cast<int>(threadIdx.x), (1 << weight.bits) - 1);
+    const uint32_t entry = kOneCodebook ? word_of(weight.codebook, code) : 0u;
+    PieceChunks chunks = {};
+    if (real) chunks = PieceChunks::of(weight, args.first + row, window, lane);
+    constexpr int kVector = sizeof(uint4) / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < kPieceSlots / kVector / kWarp; ++i)
+        reinterpret_cast<uint4*>(tile)[i * kWarp + lane] = make_uint4(0, 0, 0, 0);
+    Chunks<2> next;
+    next.load(weight, chunks.begin + lane, chunks.end);
+    if constexpr (kOneCodebook)
+        table[threadIdx.x] = bits_of(value_of(entry, weight.codebook.dtype), T());
+    __syncthreads();
+    if (!real) return;
+
+    const int64_t first_entry = kOneCodebook ? 0 : weight.first_entry(args.first + row);
+    for (int begin = chunks.begin; begin < chunks.end; begin += 2 * kWarp) {
+        const Chunks<2> now = next;
+        next.load(weight, begin + 2 * kWarp + lane, chunks.end);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (begin + i * kWarp + lane >= chunks.end) break;
+            Bits* const to = tile + (now.window[i] - window) * kWindowSlots;
+            uint32_t value[kChunk];
+#pragma unroll
+            for (int j = 0; j < kChunk; ++j) {
+                const int code = chunk_byte(now.pairs[i], kChunk + j);
+                if constexpr (kOneCodebook) {
+                    value[j] = table[code];
+                } else {
+                    const uint32_t word = word_of(weight.codebook, first_entry + code);
+                    value[j] = bits_of(value_of(word, weight.codebook.dtype), T());
+                }
+            }
+            // Padding goes to slot 248, which is not written out.
+#pragma unroll
+            for (int j = 0; j < kChunk; ++j)
+                to[chunk_byte(now.pairs[i], j)] = static_cast<Bits>(value[j]);
+        }
+    }
+    __syncwarp();
+
+    auto* const to = static_cast<Bits*>(args.dense.data) + row * weight.K;
+    const int first = window * kPairsWindow;
+    const int count = min(static_cast<int>(weight.K) - first, kPieceWindows * kPairsWindow);
+    const auto slot_of = [](int column) {
+        return column / kPairsWindow * kWindowSlots + column % kPairsWindow;
+    };
+    if (weight.K % kVector == 0) {  // then rows start on 16 bytes, and windows of 248 columns do
+#pragma unroll
+        for (int i = 0; i < (kPieceSlots / kVector + kWarp - 1) / kWarp; ++i) {
+            const int column = (i * kWarp + lane) * kVector;
+            if (column < count)
+                *reinterpret_cast<uint4*>(to + first + column) =
+                    *reinterpret_cast<const uint4*>(tile + slot_of(column));
+        }
+    } else {
+        for (int column = lane; column < count; column += kWarp)
+            to[first + column] = tile[slot_of(column)];
     }
 }
 
@@ -123,19 +211,28 @@ void launch_dense(const DecodeArgs& args, const Queue& queue) {
     });
 }
 
+void launch_pairs(const DecodeArgs& args, const Queue& queue) {
+    const DeviceWeight& weight = args.weight;
+    const int64_t pieces = (weight.windows() + kPieceWindows - 1) / kPieceWindows;
+    const auto blocks = static_cast<unsigned>((args.rows * pieces + kWarps - 1) / kWarps);
+    with_type(args.dense.dtype, [&](auto type) {
+        using T = decltype(type);
+        launch(queue, weight.one_codebook() ? decode_pairs<true, T> : decode_pairs<false, T>,
+               dim3(blocks), kWarps * kWarp, 4 * kCodes + kWarps * kPieceSlots * sizeof(T), args,
+               "decode, rows = ", args.rows, ", K = ", weight.K);
+    });
+}
+
 }  // namespace
 
 void decode(const DecodeArgs& args, const Queue& queue) {
     if (args.rows == 0 || args.weight.K == 0) return;
-    if (args.weight.layout == Layout::kPairs) {
-        const auto blocks = static_cast<unsigned>((args.rows + kWarps - 1) / kWarps);
-        launch(queue, decode_pairs, dim3(blocks), kWarps * kWarp, 0, args,
-               "decode, rows = ", args.rows, ", K = ", args.weight.K);
-    } else if (args.weight.width() == 5) {
+    if (args.weight.layout == Layout::kPairs)
+        launch_pairs(args, queue);
+    else if (args.weight.width() == 5)
         launch_dense<5>(args, queue);
-    } else {
+    else
         launch_dense<8>(args, queue);
-    }
 }
 
 }  // namespace placekern::cuda

@@ -40,6 +40,35 @@ __host__ __device__ __forceinline__ unsigned scaled_chunk_byte(const uint4& chun
     return (shift < 0 ? word << -shift : word >> shift) & 0xffu << kLog;
 }
 
+// Chunks of a lane, on their way from memory.
+template <int kAhead>
+struct Chunks {
+    uint4 pairs[kAhead];
+    int window[kAhead];
+
+    // The chunks `first`, first + 32, ... before `end`. The branch is also what keeps the compiler
+    // from moving loads down to where they are needed.
+    __device__ __forceinline__ void load(const DeviceWeight& weight, int first, int end) {
+        const uint4* const from = reinterpret_cast<const uint4*>(weight.codes) + first;
+        const uint8_t* const windows = weight.chunk_windows() + first;
+        if (first + (kAhead - 1) * 32 < end) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                pairs[i] = __ldcs(from + i * 32);
+                window[i] = __ldcs(windows + i * 32);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const bool real = first + i * 32 < end;
+                // Else eight times place 255, where x is zero, and code 0.
+                pairs[i] = real ? __ldcs(from + i * 32) : make_uint4(~0u, ~0u, 0, 0);
+                window[i] = real ? __ldcs(windows + i * 32) : 0;
+            }
+        }
+    }
+};
+
 // The codes that a lane owns in a unit of the dense layout: a string of 32 codes, little-endian.
 template <int kWidth>
 struct UnitCodes {
@@ -98,16 +127,66 @@ __device__ __forceinline__ UnitCodes<kWidth> load_codes(const uint8_t* unit, int
     return codes;
 }
 
+// Where the escapes of a unit lie.
+struct Escapes {
+    int begin = 0, end = 0;
+
+    __device__ __forceinline__ static Escapes of(const DeviceWeight& weight, int64_t unit) {
+        return {__ldg(weight.escape_ptr() + unit), __ldg(weight.escape_ptr() + unit + 1)};
+    }
+
+    // Calls f(row, column) for each, the same in every lane of a warp.
+    template <class F>
+    __device__ __forceinline__ void visit(const DeviceWeight& weight, F f) const {
+#pragma unroll 1
+        for (int e = begin; e < end; ++e) {
+            const int place = __ldg(weight.escapes() + e);
+            f(place / kUnitColumns, place % kUnitColumns);
+        }
+    }
+};
+
 // Calls f(row, column) for each escape of unit `unit`, the same in every lane of a warp.
 template <class F>
 __device__ __forceinline__ void for_escapes(const DeviceWeight& weight, int64_t unit, F f) {
-    const int end = __ldg(weight.escape_ptr() + unit + 1);
-#pragma unroll 1
-    for (int e = __ldg(weight.escape_ptr() + unit); e < end; ++e) {
-        const int place = __ldg(weight.escapes() + e);
-        f(place / kUnitColumns, place % kUnitColumns);
-    }
+    Escapes::of(weight, unit).visit(weight, f);
 }
+
+// Dense: which of the units first, first + kStep, ... before `end` have escapes, `ptr` being where
+// those of unit 0 start. A warp looks at 32 units at once, and at the first 32 when this is made:
+// asked unit by unit, nearly all would wait for nothing.
+template <int kStep>
+class EscapedUnits {
+  public:
+    __device__ __forceinline__ EscapedUnits(const int* ptr, int first, int end, int lane)
+        : ptr_(ptr), first_(first), end_(end), lane_(lane) {
+        look();
+    }
+
+    // Calls f(unit), the same in every lane of the warp, in ascending order.
+    template <class F>
+    __device__ __forceinline__ void visit(F f) {
+#pragma unroll 1
+        while (first_ < end_) {
+            unsigned found = __ballot_sync(0xffffffffu, begin_ != stop_);
+#pragma unroll 1
+            for (; found != 0; found &= found - 1) f(first_ + (__ffs(found) - 1) * kStep);
+            first_ += 32 * kStep;
+            look();
+        }
+    }
+
+  private:
+    __device__ __forceinline__ void look() {
+        const int own = first_ + lane_ * kStep;
+        begin_ = own < end_ ? __ldg(ptr_ + own) : 0;
+        stop_ = own < end_ ? __ldg(ptr_ + own + 1) : 0;
+    }
+
+    const int* ptr_;
+    int first_, end_, lane_;
+    int begin_, stop_;  // of the escapes of the lane's unit
+};
 
 // The lane that owns an element of a unit, and which of its 32.
 __host__ __device__ __forceinline__ int owner_of(int row, int column) {

@@ -33,6 +33,13 @@ __device__ __forceinline__ uint32_t to_bits(float value, __nv_bfloat16) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
+// The same for any T: a float as it is.
+__device__ __forceinline__ uint32_t bits_of(float value, float) { return __float_as_uint(value); }
+template <class T>
+__device__ __forceinline__ uint32_t bits_of(float value, T) {
+    return to_bits(value, T());
+}
+
 template <class T>
 __device__ __forceinline__ T from_float(float value);
 template <>
@@ -58,6 +65,17 @@ __device__ inline float read(const Vector& from, int64_t i) {
         default:
             return static_cast<const float*>(from.data)[i];
     }
+}
+
+// The same in two halves: the bits as they lie in memory, through the cache of what no kernel
+// writes, and their value. Loads can be on their way together, as no conversion waits between them.
+__device__ __forceinline__ uint32_t word_of(const Vector& from, int64_t i) {
+    return from.dtype == Dtype::kFloat32 ? __ldg(static_cast<const uint32_t*>(from.data) + i)
+                                         : __ldg(static_cast<const uint16_t*>(from.data) + i);
+}
+__device__ __forceinline__ float value_of(uint32_t word, Dtype dtype) {
+    const float value = __uint_as_float(word << (dtype == Dtype::kBfloat16 ? 16 : 0));
+    return dtype == Dtype::kFloat16 ? unpack(word, __half()).x : value;
 }
 
 __device__ inline void write(const VectorOut& to, int64_t i, float value) {

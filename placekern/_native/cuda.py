@@ -87,10 +87,7 @@ def device_matmul(weight: Weight, source: Source, out: Output) -> bool:
 
 
 def device_decode(weight: Weight, first: int, dense: Tensor) -> None:
-    """Fills dense [rows, K] with the rows from `first`, a multiple of 16, on.
-
-    For PAIRS, `dense` holds zeros before.
-    """
+    """Fills dense [rows, K] with the rows from `first`, a multiple of 16, on; all of it."""
     size, dtype = dense.shape[0], _DTYPES[dense.dtype]
     _cuda.decode(_device_weight(weight), first, size, dense.data_ptr(), dtype, *_queue(dense))
 
