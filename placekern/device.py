@@ -127,10 +127,10 @@ def _conv2d_by_slices(
     image, even_padding = padded(x, padding)
     stride, dilation = shape.steps
     steps = (stride, even_padding, dilation)
-    for channels, rows, dense, groups in group_slices(weight, shape, x):
+    for channels, rows, filters, groups in group_slices(weight, shape, x):
         offset = None if bias is None else bias[rows].to(x.dtype)
-        result = F.conv2d(image[:, channels], dense.view(-1, *shape.kernel), offset, *steps, groups)
-        if dense.shape[0] == weight.M:
+        result = F.conv2d(image[:, channels], filters, offset, *steps, groups)
+        if filters.shape[0] == weight.M:
             return result
         y[:, rows] = result
     return y
@@ -149,12 +149,21 @@ def group_slices(
 ) -> Iterator[tuple[slice, slice, Tensor, int]]:
     """Decoded slices of a convolution: channels of x, rows of the weight, the slice, its groups.
 
-    A slice is the whole weight with all its groups, or some rows of one group.
+    A slice [rows, C, kernel_h, kernel_w] is the whole weight with all its groups, or some rows of
+    one group. For x in channels_last it is that too: cuDNN would copy any other each time.
     """
     per_group = weight.M // shape.groups
-    for first, dense in slices(weight, x):
+    taps = shape.kernel_h * shape.kernel_w
+    if weight.layout != Layout.PAIRS or taps == 1 or x.is_contiguous():
+        taps = 1
+    for first, dense in slices(weight, x, taps):
+        if taps == 1:
+            filters = dense.view(-1, *shape.kernel)
+        else:
+            by_tap = dense.view(-1, shape.kernel_h, shape.kernel_w, shape.channels)
+            filters = by_tap.permute(0, 3, 1, 2)
         if dense.shape[0] == weight.M:
-            yield slice(None), slice(None), dense, shape.groups
+            yield slice(None), slice(None), filters, shape.groups
             return
         last = first + dense.shape[0]
         start = first
@@ -162,17 +171,20 @@ def group_slices(
             group = start // per_group
             stop = min(last, (group + 1) * per_group)
             channels = slice(group * shape.channels, (group + 1) * shape.channels)
-            yield channels, slice(start, stop), dense[start - first : stop - first], 1
+            yield channels, slice(start, stop), filters[start - first : stop - first], 1
             start = stop
 
 
-def slices(weight: _native.Weight, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The dense weight in slices of rows: (first row, [rows, K] in x's dtype), one at a time."""
+def slices(weight: _native.Weight, x: Tensor, taps: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """The dense weight in slices of rows: (first row, [rows, K] in x's dtype), one at a time.
+
+    `taps` orders the columns; see `_native.device_decode`.
+    """
     per_row = max(weight.K, 1) * x.element_size()
     rows = min(max(16, SCRATCH_BYTES // per_row // 16 * 16), _DECODED_ROWS)
     for first in range(0, weight.M, rows):
         dense = x.new_empty(min(rows, weight.M - first), weight.K)
-        _native.device_decode(weight, first, dense)
+        _native.device_decode(weight, first, dense, taps)
         yield first, dense
 
 

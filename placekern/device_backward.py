@@ -174,12 +174,10 @@ def _grad_image(
     stride, dilation = shape.steps
     steps = (stride, (top, left) if even else (0, 0), dilation)
     total = None
-    for channels, rows, dense, groups in device.group_slices(weight, shape, grad_y):
+    for channels, rows, filters, groups in device.group_slices(weight, shape, grad_y):
         own = [size[0], shape.channels * groups, *size[2:]]
-        part = torch.nn.grad.conv2d_input(
-            own, dense.view(-1, *shape.kernel), grad_y[:, rows], *steps, groups
-        )
-        if dense.shape[0] == weight.M:
+        part = torch.nn.grad.conv2d_input(own, filters, grad_y[:, rows], *steps, groups)
+        if filters.shape[0] == weight.M:
             total = part
             break
         if total is None:

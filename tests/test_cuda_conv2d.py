@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import CONVOLUTIONS, random_weight, relative_error
 
 from placekern import _native, device, ops
+from placekern.ops import common
 from placekern.packing import Layout
 
 if TYPE_CHECKING:
@@ -88,3 +89,22 @@ def test_decoded_slices_of_rows_are_put_together(
     )
     dense = weight.to_dense().view(60, 2, 3, 3)
     assert relative_error(y.cpu(), F.conv2d(x, dense, bias, groups=groups).relu()) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "G"), [(150, (3, 3), 1), (3, (1, 2), 1), (70, (5, 3), 4)]
+)
+def test_filters_are_decoded_in_the_order_of_the_image(
+    gpu: Gpu, layout: Layout, dtype: torch.dtype, channels: int, kernel: tuple[int, int], G: int
+) -> None:
+    weight = random_weight(20, channels * kernel[0] * kernel[1], 0.4, 8, codebooks=G)
+    native = common.weight(*common.arrays(gpu.weight(weight, layout)))
+    shape = _native.ConvShape(1, 1, channels, 9, 9, 1, 1, *kernel, 1, 1, 0, 0, 1, 1)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.zeros(1, channels, 9, 9, dtype=dtype).contiguous(memory_format=memory_format)
+        ((_, _, filters, _),) = device.group_slices(native, shape, gpu.tensor(x))
+        assert torch.equal(filters.cpu(), weight.to_dense(dtype).view(20, channels, *kernel))
+        if layout == Layout.PAIRS:
+            assert filters.is_contiguous(memory_format=memory_format)

@@ -123,7 +123,9 @@ struct MatmulArgs {
 struct DecodeArgs {
     DeviceWeight weight;
     int64_t first, rows;  // of the weight; first is a multiple of 16
-    VectorOut dense;      // [rows, K] on 16 bytes; all of it is written
+    int taps;  // of a filter: column k is written to (k % taps) * (K / taps) + k / taps, as a
+               // tensor in channels_last has it; pairs only. 1: to k
+    VectorOut dense;  // [rows, K] on 16 bytes; all of it is written
 };
 
 }  // namespace placekern::cuda

@@ -99,9 +99,9 @@ PYBIND11_MODULE(_cuda, m) {
         Released());
     m.def(
         "decode",
-        [](const DeviceWeight& weight, int64_t first, int64_t rows, uintptr_t dense, int dtype,
-           int device, uintptr_t stream) {
-            decode({weight, first, rows, {address<void>(dense), static_cast<Dtype>(dtype)}},
+        [](const DeviceWeight& weight, int64_t first, int64_t rows, int taps, uintptr_t dense,
+           int dtype, int device, uintptr_t stream) {
+            decode({weight, first, rows, taps, {address<void>(dense), static_cast<Dtype>(dtype)}},
                    {device, stream});
         },
         Released());

@@ -183,7 +183,16 @@ __global__ void __launch_bounds__(kWarps* kWarp) decode_pairs(DecodeArgs args) {
     const auto slot_of = [](int column) {
         return column / kPairsWindow * kWindowSlots + column % kPairsWindow;
     };
-    if (weight.K % kVector == 0) {  // then rows start on 16 bytes, and windows of 248 columns do
+    if (args.taps > 1) {  // a tap after the other, so that neighbouring lanes write neighbours
+        const int taps = args.taps;
+        const int channels = static_cast<int>(weight.K) / taps;
+        for (int tap = 0; tap < taps; ++tap) {
+            const int begin = (first - tap + taps - 1) / taps;  // tap - first < taps
+            for (int c = begin + lane; c * taps + tap < first + count; c += kWarp)
+                to[tap * channels + c] = tile[slot_of(c * taps + tap - first)];
+        }
+    } else if (weight.K % kVector ==
+               0) {  // then rows start on 16 bytes, and windows of 248 columns do
 #pragma unroll
         for (int i = 0; i < (kPieceSlots / kVector + kWarp - 1) / kWarp; ++i) {
             const int column = (i * kWarp + lane) * kVector;

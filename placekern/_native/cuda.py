@@ -86,10 +86,21 @@ def device_matmul(weight: Weight, source: Source, out: Output) -> bool:
     return _cuda.matmul(_device_weight(weight), _source(source), _output(out), *_queue(source.x))
 
 
-def device_decode(weight: Weight, first: int, dense: Tensor) -> None:
-    """Fills dense [rows, K] with the rows from `first`, a multiple of 16, on; all of it."""
-    size, dtype = dense.shape[0], _DTYPES[dense.dtype]
-    _cuda.decode(_device_weight(weight), first, size, dense.data_ptr(), dtype, *_queue(dense))
+def device_decode(weight: Weight, first: int, dense: Tensor, taps: int = 1) -> None:
+    """Fills dense [rows, K] with the rows from `first`, a multiple of 16, on; all of it.
+
+    With `taps` of a filter, which only PAIRS takes, column k is written to
+    (k % taps) * (K / taps) + k / taps: the order of a filter in channels_last.
+    """
+    _cuda.decode(
+        _device_weight(weight),
+        first,
+        dense.shape[0],
+        taps,
+        dense.data_ptr(),
+        _DTYPES[dense.dtype],
+        *_queue(dense),
+    )
 
 
 def device_kmeans_assign(
