@@ -10,7 +10,8 @@ escapes, listed by unit. A warp reads a unit at once; lane 4 g + q owns columns 
 rows g and g + 8, which is also its part of a tensor-core fragment.
 
 PAIRS keeps 16 bytes for eight entries of one row and one window of 248 columns: eight places, then
-eight codes. A run that is no multiple of eight ends with place 248, where x is taken to be zero.
+eight codes. A run that is no multiple of eight has place 248 in its last chunk, where x is taken to
+be zero. The order within a chunk means nothing, and is chosen for the banks of shared memory.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ CHUNK = 8
 """Pairs that lie together, of one row and window."""
 PAIRS_WINDOW = 248
 """Columns of a window; places 248 to 255 of a byte mean "no entry"."""
+LANES = 32
+"""Lanes of a warp, and banks of shared memory."""
 MAX_PAIRS_K = 256 * PAIRS_WINDOW
 """Columns that PAIRS can number: the window of a chunk is a byte."""
 
@@ -250,12 +253,59 @@ def _pack_pairs(
         table[:, 0] = PAIRS_WINDOW
         table[slot // CHUNK, 0, slot % CHUNK] = columns % PAIRS_WINDOW
         table[slot // CHUNK, 1, slot % CHUNK] = codes[first:last]
+        of_row = of_run.reshape(count, per_row).sum(1)
+        order = _spread_over_banks(table[:, 0], of_row)
+        table = np.take_along_axis(table, order[:, None], 2)
         counts.append(of_run.astype(np.uint8))
         ids.append(np.repeat(np.arange(count * per_row) % max(per_row, 1), of_run).astype(np.uint8))
         chunks.append(table.ravel())
-        chunk_ptr[rows.start + 1 : rows.stop + 1] = of_run.reshape(count, per_row).sum(1)
+        chunk_ptr[rows.start + 1 : rows.stop + 1] = of_row
     np.cumsum(chunk_ptr, out=chunk_ptr)
     return padded([chunk_ptr.astype("<i4").view(np.uint8), *counts, *ids]), padded(chunks)
+
+
+def _spread_over_banks(places: NDArray[np.uint8], of_row: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Which pair of a chunk is to be its first, second and so on: [chunks, 8].
+
+    A warp of the direct kernel has 32 neighbouring chunks of a row, a lane one, and looks up x for
+    the first pairs of all at once, then for the second. Numbers of 16 bits in the same bank of
+    shared memory wait for each other, as a window is a multiple of 32 banks: those with the same
+    place // 2 % 32. Chunk after chunk, each pair takes the free position where that bank is
+    furthest from being the one that is waited for.
+
+    Args:
+        places: [chunks, 8], row after row.
+        of_row: chunks of each row.
+    """
+    groups = -(-of_row // LANES)  # of the 32 lanes of a warp
+    total = int(groups.sum())
+    within = np.arange(total) - np.repeat(np.cumsum(groups) - groups, groups)
+    chunk = (np.repeat(np.cumsum(of_row) - of_row, groups) + within * LANES)[:, None]
+    chunk = chunk + np.arange(LANES)
+    chunk[chunk >= np.repeat(np.cumsum(of_row), groups)[:, None]] = len(places)  # there is none
+    banks = np.concatenate([places // 2 % LANES, np.zeros((1, CHUNK), np.uint8)])
+
+    # A byte a position, eight in a word: how often each bank is used, and 64 less the most that a
+    # bank is.
+    one = np.uint64(1) << np.arange(0, 8 * CHUNK, 8, dtype=np.uint64)
+    used = np.zeros(total * LANES, "<u8")
+    slack = np.full(total, 64 * int(one.sum()), "<u8")
+    group = np.arange(total)
+    order = np.empty((len(places) + 1, CHUNK), np.uint8)
+    for lane in range(LANES):
+        own = chunk[:, lane]
+        at = (banks[own] + group[:, None] * LANES).T.copy()
+        taken = np.zeros(total, "<u8")
+        for pair in range(CHUNK):
+            before = used[at[pair]]
+            distance = (before + slack | taken).view(np.uint8).reshape(total, CHUNK)
+            position = distance.argmin(1)
+            bit = one[position]
+            slack -= np.where(distance[group, position] == 64, bit, np.uint64(0))
+            used[at[pair]] = before + bit
+            taken |= bit << np.uint64(7)
+            order[own, position] = pair
+    return order[:-1]
 
 
 def _unpack_pairs(
@@ -270,6 +320,8 @@ def _unpack_pairs(
     begin = 4 * (M + 1) + M * windows(K)
     ids = positions[begin : begin + total].astype(np.int64)
     table = codes[: total * 2 * CHUNK].reshape(total, 2, CHUNK)
-    real = table[:, 0] < PAIRS_WINDOW
-    columns = (ids[:, None] * PAIRS_WINDOW + table[:, 0])[real]
-    return columns.astype(np.uint16 if K <= 1 << 16 else np.int32), table[:, 1][real]
+    pairs = np.sort(table[:, 0].astype(np.uint16) << 8 | table[:, 1], axis=1)
+    places = pairs >> 8
+    real = places < PAIRS_WINDOW
+    columns = (ids[:, None] * PAIRS_WINDOW + places)[real]
+    return columns.astype(np.uint16 if K <= 1 << 16 else np.int32), pairs[real].astype(np.uint8)

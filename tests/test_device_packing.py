@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from helpers import random_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from placekern import QuantSparseWeight, device_packing
 from placekern.packing import READ_PADDING, Layout
@@ -50,6 +53,44 @@ def test_bytes_keep_to_the_budget(density: float, bits: int) -> None:
     used = packed.positions.numel() + packed.codes.numel() - 2 * READ_PADDING
     assert used <= (1.05 if density > 0.1 else 1.27) * M * K * min(bits, 18 * weight.density) / 8
     assert packed.layout == (Layout.DENSE if 18 * density > bits else Layout.PAIRS)
+
+
+def wavefronts(words: NDArray[np.int64]) -> float:
+    """How often shared memory is read, on average, for what 32 lanes want at once: [n, 32] words.
+
+    Lanes that want the same word share a read; different words of a bank are read in turn.
+    """
+    different = [np.unique(wanted) % 32 for wanted in words]
+    return float(np.mean([np.bincount(banks).max() for banks in different]))
+
+
+@pytest.mark.parametrize(("density", "limit"), [(0.3, 2.6), (0.15, 3.6)])
+def test_pairs_that_a_warp_reads_at_once_lie_in_different_banks(
+    density: float, limit: float
+) -> None:
+    M, K = 16, 16_384
+    packed = random_weight(M, K, density, 8).to_layout(Layout.PAIRS)
+    windows = device_packing.windows(K)
+    positions = packed.positions.numpy()
+    chunk_ptr = positions[: 4 * (M + 1)].view("<i4")
+    total = int(chunk_ptr[M])
+    window = positions[4 * (M + 1) + M * windows :][:total].astype(np.int64)
+    places = packed.codes.numpy()[: 16 * total].reshape(total, 2, 8)[:, 0]
+    words = []
+    for first, end in itertools.pairwise(chunk_ptr):
+        # Lane l of direct_pairs has chunk l of 32 that follow each other in a row, and looks x up
+        # for pair j of all of them at once; x has 16 bits, and a window 256 slots.
+        for begin in range(first, end - 31, 32):
+            slots = window[begin : begin + 32, None] * 256 + places[begin : begin + 32]
+            words.extend(slots.T * 2 // 4)
+    assert wavefronts(np.array(words)) < limit
+
+
+def test_a_bank_is_read_once_for_each_of_its_words() -> None:
+    lanes = np.arange(32)
+    assert (
+        wavefronts(np.array([lanes, lanes * 2, lanes * 0, lanes // 2 * 32])) == (1 + 2 + 1 + 16) / 4
+    )
 
 
 def test_many_columns_are_dense_always() -> None:
