@@ -130,6 +130,28 @@ def test_splits_of_the_columns_add_up_in_a_fixed_order(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_that_share_a_sum_run_at_once(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    if gpu.device.type == "cuda":
+        pytest.skip("a real device holds what its registers allow")
+    K = 64 * 80  # 80 units, 21 windows
+
+    def splits(M: int, N: int, image: bool = False) -> int:
+        _native.matmul_splits.cache_clear()
+        return _native.matmul_splits(M, K, 8, layout, torch.bfloat16, N, image, 0)
+
+    # Four multiprocessors, and of small blocks four on each.
+    assert splits(64, 16) == (16 if layout == Layout.DENSE else 12)  # pairs: three
+    assert splits(640, 16) == 1
+    monkeypatch.setenv("PLACEKERN_EMULATED_SHARED", "101376")
+    assert splits(64, 16) == (8 if layout == Layout.DENSE else 4)  # of 99 KiB
+    assert splits(64, 64) == 4
+    assert splits(64, 128) == 2  # another block for the other columns
+    assert splits(64, 16, image=True) >= 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_decoded_slices_of_rows_are_put_together(
     gpu: Gpu, any_way: None, monkeypatch: pytest.MonkeyPatch, layout: Layout
 ) -> None:

@@ -9,6 +9,8 @@
 #include "source.cuh"
 #include "table.cuh"
 
+#include <algorithm>
+
 namespace placekern::cuda {
 namespace {
 
@@ -338,6 +340,22 @@ void with_kernel(const MatmulArgs& args, int tiles, F f) {
     });
 }
 
+// How many blocks of a kernel a multiprocessor holds at once.
+template <class Args>
+int resident_blocks(void (*kernel)(Args), size_t shared, int device) {
+    const DeviceScope scope(device);
+    if (shared > 48 * 1024) {  // else no block would be allowed
+        PK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared)),
+                      "matmul, ", shared, " bytes of shared memory");
+    }
+    int blocks = 0;
+    PK_CUDA_CHECK(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kWarps * kWarp, shared),
+        "matmul, blocks with ", shared, " bytes of shared memory");
+    return blocks;
+}
+
 // The most columns, in eights, whose tiles fit; 0 when none do.
 int fitting_tiles(const MatmulArgs& args, int device) {
     const auto limit = static_cast<size_t>(shared_limit(device));
@@ -368,6 +386,38 @@ bool matmul(const MatmulArgs& args, const Queue& queue) {
     });
     finish(out, queue);
     return true;
+}
+
+int matmul_splits(const DeviceWeight& weight, Dtype dtype, int64_t N, bool image, int device) {
+    // Beyond four blocks a multiprocessor has enough loads on their way, and partial sums only
+    // grow.
+    constexpr int64_t kMostResident = 4;
+    MatmulArgs args = {};
+    args.weight = weight;
+    args.source.dtype = dtype;
+    args.source.image = image;
+    args.out.N = N;
+    int multiprocessors = 0;
+    PK_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                  "multiprocessors of device ", device);
+    // A block of the dense layout has four units at least, so that its prologue is worth it.
+    const int64_t steps = weight.layout == Layout::kDense ? weight.units() / 4 : weight.windows();
+    int best = 1;
+    size_t known_shared = 0;  // bytes that `resident` is about
+    int64_t resident = 0;
+    for (args.out.splits = 1; args.out.splits <= steps; ++args.out.splits) {
+        const int tiles = fitting_tiles(args, device);  // an image's grow with the steps of a block
+        int64_t blocks = args.out.splits;
+        if (tiles == 0) continue;
+        with_kernel(args, tiles, [&](auto kernel, int rows, size_t shared) {
+            blocks *= (weight.M + rows - 1) / rows * ((N + 8 * tiles - 1) / (8 * tiles));
+            if (shared != known_shared) resident = resident_blocks(kernel, shared, device);
+            known_shared = shared;
+        });
+        if (blocks <= std::min(resident, kMostResident) * multiprocessors) best = args.out.splits;
+        if (blocks > kMostResident * multiprocessors) break;
+    }
+    return best;
 }
 
 }  // namespace placekern::cuda

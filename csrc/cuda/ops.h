@@ -23,6 +23,10 @@ void direct(const DirectArgs& args, const Queue& queue);
 // the product fits into shared memory; more splits of an image make them smaller.
 bool matmul(const MatmulArgs& args, const Queue& queue);
 
+// How many blocks of matmul should share a sum: as many as the device holds at once, so that none
+// waits for another to end. Asks the driver what fits; for the caller to remember.
+int matmul_splits(const DeviceWeight& weight, Dtype dtype, int64_t N, bool image, int device);
+
 void decode(const DecodeArgs& args, const Queue& queue);
 
 // Adds the partial sums in the order of their split, then bias and ReLU; nothing without splits.

@@ -86,6 +86,27 @@ def device_matmul(weight: Weight, source: Source, out: Output) -> bool:
     return _cuda.matmul(_device_weight(weight), _source(source), _output(out), *_queue(source.x))
 
 
+@cache
+def matmul_splits(
+    M: int, K: int, bits: int, layout: int, dtype: torch.dtype, N: int, image: bool, index: int
+) -> int:
+    """Blocks that should share a sum of `device_matmul`: so many that all run at once.
+
+    Of sizes only, so that it is worked out once for a layer and a batch.
+
+    Args:
+        M: rows of the weight.
+        K: its columns.
+        bits: of a code.
+        layout: Layout.DENSE or PAIRS.
+        dtype: of x.
+        N: columns of the product.
+        image: whether they are windows of an image.
+        index: of the CUDA device.
+    """
+    return _cuda.matmul_splits(M, K, bits, layout, _DTYPES[dtype], N, image, index)
+
+
 def device_decode(weight: Weight, first: int, dense: Tensor) -> None:
     """Fills dense [rows, K] with the rows from `first`, a multiple of 16, on.
 
