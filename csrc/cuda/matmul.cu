@@ -82,20 +82,76 @@ __device__ __forceinline__ void multiply(float (&sums)[kRowBlocks][kTiles][4],
     }
 }
 
+// Sums of a block in shared memory, column by column; padded, so that the stores of a warp fall
+// into different banks.
+template <int kTiles, int kRowBlocks>
+struct Staged {
+    static constexpr int kRows = kWarps * kRowBlocks * kUnitRows;
+    static constexpr int kColumns = 8 * kTiles;
+    static constexpr int kStride = kRows + 4;
+    static constexpr size_t kBytes = kColumns * kStride * sizeof(float);
+};
+
+// Writes the sums of a block. They go through shared memory where they go to y, so that the code
+// for places, ReLU and types stands once, in a loop, and not once for each of up to 64 sums of a
+// lane.
 template <int kTiles, int kRowBlocks>
 __device__ __forceinline__ void write(const float (&sums)[kRowBlocks][kTiles][4], const Output& out,
-                                      int64_t row, int64_t n0, int lane) {
+                                      int64_t n0, int lane, int warp) {
+    using Staged = Staged<kTiles, kRowBlocks>;
+    const int64_t m0 = static_cast<int64_t>(blockIdx.x) * Staged::kRows;
+    const int rows = static_cast<int>(min(out.M - m0, int64_t{Staged::kRows}));
+    const int columns = static_cast<int>(min(out.N - n0, int64_t{Staged::kColumns}));
+    const int own_row = warp * kRowBlocks * kUnitRows + lane / 4;
+    const int own_column = lane % 4 * 2;
+    if (out.splits > 1) {
+        const int step_n = rows_together(out) ? static_cast<int>(out.M) : 1;
+        const int step_m = rows_together(out) ? 1 : static_cast<int>(out.N);
+        float* const to = out.partial + blockIdx.z * out.M * out.N + n0 * step_n + m0 * step_m;
+#pragma unroll
+        for (int block = 0; block < kRowBlocks; ++block) {
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    const int n = own_column + t * 8 + r % 2;
+                    const int m = own_row + block * kUnitRows + r / 2 * 8;
+                    if (n < columns && m < rows)
+                        to[int64_t{n} * step_n + int64_t{m} * step_m] = sums[block][t][r];
+                }
+            }
+        }
+        return;
+    }
+    float bias[kRowBlocks][2];
+#pragma unroll
+    for (int i = 0; i < 2 * kRowBlocks; ++i) {
+        const int m = own_row + i * 8;
+        bias[i / 2][i % 2] = m < rows ? bias_of(out, m0 + m) : 0.0f;
+    }
+    auto* const staged = reinterpret_cast<float*>(placekern_shared);
+    __syncthreads();  // nobody reads a table or a tile any more
 #pragma unroll
     for (int block = 0; block < kRowBlocks; ++block) {
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                const int64_t n = n0 + t * 8 + lane % 4 * 2 + r % 2;
-                const int64_t m = row + block * kUnitRows + r / 2 * 8 + lane / 4;
-                if (n < out.N && m < out.M) add(out, blockIdx.z, n, m, sums[block][t][r]);
+                const int n = own_column + t * 8 + r % 2;
+                const int m = own_row + block * kUnitRows + r / 2 * 8;
+                staged[n * Staged::kStride + m] = sums[block][t][r] + bias[block][r / 2];
             }
         }
+    }
+    __syncthreads();
+    // Neighbouring threads write neighbours of y.
+    const bool together = rows_together(out);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Staged::kRows * Staged::kColumns; i += kWarps * kWarp) {
+        const int n = together ? i / Staged::kRows : i % Staged::kColumns;
+        const int m = together ? i % Staged::kRows : i / Staged::kColumns;
+        if (n < columns && m < rows)
+            store_biased(out, n0 + n, m0 + m, staged[n * Staged::kStride + m]);
     }
 }
 
@@ -113,8 +169,9 @@ struct DenseShared {
     static constexpr int kStride = tile_stride<T>(kUnitColumns);
     static constexpr int kTileBytes = kColumns * kStride * sizeof(T);
     static size_t bytes(bool image, int64_t units_per_split) {
-        return Table<kWidth>::kBytes + 2 * kTileBytes +
-               (image ? units_per_split * kUnitColumns * sizeof(Tap) : 0);
+        const size_t loop = Table<kWidth>::kBytes + 2 * kTileBytes +
+                            (image ? units_per_split * kUnitColumns * sizeof(Tap) : 0);
+        return std::max(loop, Staged<kTiles, kBlocks<kTiles, T>>::kBytes);
     }
 };
 
@@ -127,9 +184,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
     auto* const tiles = reinterpret_cast<T*>(placekern_shared + Table<kWidth>::kBytes);
     auto* const taps = reinterpret_cast<Tap*>(tiles + 2 * Shared::kColumns * Shared::kStride);
     const int lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarp;
     const int64_t n0 = static_cast<int64_t>(blockIdx.y) * Shared::kColumns;
-    const int64_t block0 =
-        (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * kRowBlocks;
+    const int64_t block0 = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kRowBlocks;
     const int64_t units = weight.units();
     const int64_t per_split = (units + args.out.splits - 1) / args.out.splits;
     const int64_t first = per_split * blockIdx.z;
@@ -196,7 +253,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
                                         tiles + unit % 2 * (Shared::kColumns * Shared::kStride),
                                         Shared::kStride, 0, lane);
     }
-    write<kTiles, kRowBlocks>(sums, args.out, block0 * kUnitRows, n0, lane);
+    write<kTiles, kRowBlocks>(sums, args.out, n0, lane, warp);
 }
 
 template <int kWidth, int kTiles, class T>
@@ -205,8 +262,9 @@ struct PairsShared {
     static constexpr int kStride = tile_stride<T>(kWindowSlots);
     static constexpr int kRowBytes = kStride * sizeof(T);
     static size_t bytes(bool image, int64_t windows_per_split) {
-        return Table<kWidth>::kBytes + (kWarps * kUnitRows + kColumns) * kRowBytes +
-               (image ? windows_per_split * kWindowSlots * sizeof(Tap) : 0);
+        const size_t loop = Table<kWidth>::kBytes + (kWarps * kUnitRows + kColumns) * kRowBytes +
+                            (image ? windows_per_split * kWindowSlots * sizeof(Tap) : 0);
+        return std::max(loop, Staged<kTiles, 1>::kBytes);
     }
 };
 
@@ -309,7 +367,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_pairs(MatmulArgs args
         }
         __syncthreads();  // X and the own rows are read; the next window may overwrite them
     }
-    write<kTiles, 1>(sums, args.out, row0, n0, lane);
+    write<kTiles, 1>(sums, args.out, n0, lane, warp);
 }
 
 // Calls f with the kernel for `tiles` times 8 columns, the rows of a block and its shared memory.
