@@ -433,6 +433,7 @@ bool matmul(const MatmulArgs& args, const Queue& queue) {
     PK_CHECK(args.weight.one_codebook(), "matmul: group_size is ", args.weight.group_size,
              " of M = ", args.weight.M, ", expected one codebook; decode the weight instead");
     if (out.N == 0 || out.M == 0) return true;
+    if (args.source.image && !has_taps(args.source.shape)) return false;
     const int tiles = fitting_tiles(args, queue.device);
     if (tiles == 0) return false;
     with_kernel(args, tiles, [&](auto kernel, int rows, size_t shared) {
