@@ -280,6 +280,19 @@ def test_a_copy_that_was_not_waited_for_is_an_error(emulation: Emulation) -> Non
     assert "leaves with 1 asynchronous copies that it never waited for" in emulation.text(status)
 
 
+def test_a_group_of_copies_is_done_when_it_was_waited_for(emulation: Emulation, order: str) -> None:
+    given = words(np.random.default_rng(0), 4 * 32)
+
+    def run(variant: int) -> NDArray:
+        return emulation.run(
+            "copy_groups", given, np.zeros(4 * 32, np.uint32), variant=variant, shared=4 * 4 * 32
+        )
+
+    np.testing.assert_array_equal(run(0), given)
+    for variant in (1, 2):  # one group too few, and what is in no group
+        assert (run(variant) == 0xFFFFFFFF).all()
+
+
 @pytest.mark.parametrize(
     ("variant", "status", "words"),
     [

@@ -163,13 +163,141 @@ struct OperandBits {
     }
 };
 
+// Codes of a warp on their way. Copies go to a ring of shared memory in which a lane reads only
+// what it copied itself, so that it waits for nobody else. Where copies wait, on Turing, registers
+// hold the next unit in its place.
+template <int kWidth, int kRowBlocks>
+class CodesAhead {
+  public:
+    static constexpr int kStageBytes = kRowBlocks * kUnitBytes<kWidth>;
+    static constexpr int kStages = kStageBytes > kUnitBytes<5> ? 3 : 4;
+    static constexpr int kBytes = kStages * kStageBytes;
+
+    // `rows`: where the first unit of each block of rows is.
+    __device__ CodesAhead(unsigned char* ring, const uint8_t* const (&rows)[kRowBlocks], int lane)
+        : ring_(reinterpret_cast<uint32_t*>(ring)), lane_(lane) {
+#pragma unroll
+        for (int b = 0; b < kRowBlocks; ++b) from_[b] = rows[b];
+    }
+
+    // Units that are on their way while one is worked on.
+    __device__ static int depth() { return copies_wait() ? kStages - 1 : 1; }
+
+    // Starts the next unit, into the stage behind that of the last; never into one that was taken
+    // since the last wait.
+    __device__ __forceinline__ void start() {
+#pragma unroll
+        for (int b = 0; b < kRowBlocks; ++b) {
+            if (copies_wait())
+                copy(ring_ + (next_ * kRowBlocks + b) * kWords, from_[b]);
+            else
+                held_[b] = load_codes<kWidth>(from_[b], lane_);
+            from_[b] += kUnitBytes<kWidth>;
+        }
+        next_ = next_ == kStages - 1 ? 0 : next_ + 1;
+    }
+
+    // The oldest unit, which must have been waited for.
+    __device__ __forceinline__ void take(UnitCodes<kWidth> (&codes)[kRowBlocks]) {
+#pragma unroll
+        for (int b = 0; b < kRowBlocks; ++b) {
+            if (copies_wait())
+                codes[b] = read(ring_ + (now_ * kRowBlocks + b) * kWords);
+            else
+                codes[b] = held_[b];
+        }
+        now_ = now_ == kStages - 1 ? 0 : now_ + 1;
+    }
+
+  private:
+    static constexpr int kWords = kUnitBytes<kWidth> / 4;
+    static constexpr int kQuads = kWidth / 4 * 4;  // words of a lane that are copied in fours
+
+    __device__ __forceinline__ void copy(uint32_t* to, const uint8_t* unit) const {
+        const auto* const from = reinterpret_cast<const uint32_t*>(unit);
+#pragma unroll
+        for (int w = 0; w < kQuads; w += 4) {
+            const int place = word_place<kWidth>(lane_, w);
+            copy_async(to + place, from + place, true);
+        }
+#pragma unroll
+        for (int w = kQuads; w < kWidth; ++w) {
+            const int place = word_place<kWidth>(lane_, w);
+            copy_word_async(to + place, from + place);
+        }
+    }
+
+    __device__ __forceinline__ UnitCodes<kWidth> read(const uint32_t* from) const {
+        UnitCodes<kWidth> codes;
+#pragma unroll
+        for (int w = 0; w < kQuads; w += 4) {
+            const auto four = *reinterpret_cast<const uint4*>(from + word_place<kWidth>(lane_, w));
+            codes.word[w] = four.x;
+            codes.word[w + 1] = four.y;
+            codes.word[w + 2] = four.z;
+            codes.word[w + 3] = four.w;
+        }
+#pragma unroll
+        for (int w = kQuads; w < kWidth; ++w) codes.word[w] = from[word_place<kWidth>(lane_, w)];
+        return codes;
+    }
+
+    uint32_t* ring_;
+    const uint8_t* from_[kRowBlocks];
+    UnitCodes<kWidth> held_[kRowBlocks];
+    int lane_;
+    int now_ = 0, next_ = 0;  // stages
+};
+
+// Which units of a block of rows have escapes, 32 at a time: most have none, and where they begin
+// and end would have to be read, and waited for, for each.
+class EscapesAhead {
+  public:
+    EscapesAhead() = default;
+    // `ptr`: of the first of `count` units.
+    __device__ EscapesAhead(const int* ptr, int count, int lane)
+        : ptr_(ptr), count_(count), lane_(lane) {
+        look(0);
+    }
+
+    // Whether unit i has any; asked for i = 0, 1, 2, ... by all lanes.
+    __device__ __forceinline__ bool of(int i) {
+        if (i % kWarp == 0) {
+            units_ = __ballot_sync(kFullWarp, begin_ != end_);
+            look(i + kWarp);
+        }
+        return units_ >> i % kWarp & 1;
+    }
+
+  private:
+    __device__ __forceinline__ void look(int i) {
+        const bool real = i + lane_ < count_;
+        begin_ = real ? __ldg(ptr_ + i + lane_) : 0;
+        end_ = real ? __ldg(ptr_ + i + lane_ + 1) : 0;
+    }
+
+    const int* ptr_;
+    int count_, lane_;
+    int begin_, end_;  // of unit `lane` of the next 32
+    unsigned units_ = 0;
+};
+
 template <int kWidth, int kTiles, class T>
 struct DenseShared {
+    using Codes = CodesAhead<kWidth, kBlocks<kTiles, T>>;
     static constexpr int kColumns = 8 * kTiles;
     static constexpr int kStride = tile_stride<T>(kUnitColumns);
-    static constexpr int kTileBytes = kColumns * kStride * sizeof(T);
-    static size_t bytes(bool image, int64_t units_per_split) {
-        const size_t loop = Table<kWidth>::kBytes + 2 * kTileBytes +
+    // Tiles of X: one that is read, the others on their way. TF32 takes twice the room.
+    static constexpr int kXTiles = sizeof(T) == 2 ? 3 : 2;
+    static constexpr int kTile = kColumns * kStride;
+    static constexpr int kRing = kWarps * Codes::kBytes;
+    static constexpr int kFixed =
+        Table<kWidth>::kBytes + kXTiles * kTile * static_cast<int>(sizeof(T));
+    // Groups of copies that may be on their way while a unit is worked on. Each round makes two, of
+    // the unit kXTiles - 1 ahead for X and then of the one kStages - 1 ahead for the codes.
+    static constexpr int kLatest = std::min(1 + 2 * (kXTiles - 2), 2 * (Codes::kStages - 2));
+    static size_t bytes(bool image, int64_t units_per_split, bool ring) {
+        const size_t loop = kFixed + (ring ? kRing : 0) +
                             (image ? units_per_split * kUnitColumns * sizeof(Tap) : 0);
         return std::max(loop, Staged<kTiles, kBlocks<kTiles, T>>::kBytes);
     }
@@ -178,11 +306,13 @@ struct DenseShared {
 template <int kWidth, int kTiles, class T>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args) {
     using Shared = DenseShared<kWidth, kTiles, T>;
+    using Codes = typename Shared::Codes;
     constexpr int kRowBlocks = kBlocks<kTiles, T>;
     const DeviceWeight& weight = args.weight;
     auto* const entries = reinterpret_cast<uint32_t*>(placekern_shared);
     auto* const tiles = reinterpret_cast<T*>(placekern_shared + Table<kWidth>::kBytes);
-    auto* const taps = reinterpret_cast<Tap*>(tiles + 2 * Shared::kColumns * Shared::kStride);
+    unsigned char* const rings = placekern_shared + Shared::kFixed;
+    auto* const taps = reinterpret_cast<Tap*>(rings + (copies_wait() ? Shared::kRing : 0));
     const int lane = threadIdx.x % kWarp;
     const int warp = threadIdx.x / kWarp;
     const int64_t n0 = static_cast<int64_t>(blockIdx.y) * Shared::kColumns;
@@ -190,57 +320,64 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
     const int64_t units = weight.units();
     const int64_t per_split = (units + args.out.splits - 1) / args.out.splits;
     const int64_t first = per_split * blockIdx.z;
-    const int64_t end = min(first + per_split, units);
+    const int count = static_cast<int>(min(per_split, units - first));  // negative: none left
 
     // Blocks of rows behind the last one decode the last one again and write nothing.
-    const uint8_t* codes[kRowBlocks];
-    int64_t row_block[kRowBlocks];
-    UnitCodes<kWidth> next[kRowBlocks] = {};
+    const uint8_t* rows[kRowBlocks];
+    int64_t first_unit[kRowBlocks];
 #pragma unroll
     for (int b = 0; b < kRowBlocks; ++b) {
-        row_block[b] = min(block0 + b, weight.blocks() - 1);
-        codes[b] = weight.codes + row_block[b] * units * kUnitBytes<kWidth>;
-        if (first < end) next[b] = load_codes<kWidth>(codes[b] + first * kUnitBytes<kWidth>, lane);
+        first_unit[b] = min(block0 + b, weight.blocks() - 1) * units + first;
+        rows[b] = weight.codes + first_unit[b] * kUnitBytes<kWidth>;
     }
-    const auto fill = [&](int64_t unit) {
-        fill_tile<Shared::kColumns>(tiles + unit % 2 * (Shared::kColumns * Shared::kStride),
-                                    args.source, taps + (unit - first) * kUnitColumns, n0,
-                                    args.out.N, unit * kUnitColumns, weight.K, kUnitColumns,
-                                    kUnitColumns);
+    const auto fill = [&](int i, int tile) {
+        fill_tile<Shared::kColumns>(
+            tiles + tile * Shared::kTile, args.source, taps + i * kUnitColumns, n0, args.out.N,
+            (first + i) * kUnitColumns, weight.K, kUnitColumns, kUnitColumns);
     };
+    // On their way while the table is filled; of an image, X needs taps first.
+    Codes codes(rings + warp * Codes::kBytes, rows, lane);
+#pragma unroll
+    for (int round = 1 - Codes::kStages; round < 0; ++round) {
+        const int x = round + Shared::kXTiles - 1, c = round + Codes::kStages - 1;
+        if (x >= 0 && x < count && !args.source.image) fill(x, x);
+        commit_copies();
+        if (c < min(count, Codes::depth())) codes.start();
+        commit_copies();
+    }
+    EscapesAhead escapes[kRowBlocks];
+#pragma unroll
+    for (int b = 0; b < kRowBlocks; ++b)
+        escapes[b] = EscapesAhead(weight.escape_ptr() + first_unit[b], count, lane);
     const int zero = zero_code(weight);
-    const bool escapes = has_escapes(weight);
     const uint32_t escape = OperandBits<T>()(read(weight.codebook, zero));
     Table<kWidth>::fill(entries, weight, zero, OperandBits<T>());
-    if (args.source.image && first < end) {
-        fill_taps(taps, static_cast<int>(end - first) * kUnitColumns, first * kUnitColumns,
-                  weight.K, args.source);
+    if (args.source.image && count > 0) {
+        fill_taps(taps, count * kUnitColumns, first * kUnitColumns, weight.K, args.source);
         __syncthreads();
+        for (int i = 0; i < min(count, Shared::kXTiles - 1); ++i) fill(i, i);
     }
-    if (first < end) fill(first);
     const auto table = Table<kWidth>::of(entries, lane);
 
     float sums[kRowBlocks][kTiles][4] = {};
-    for (int64_t unit = first; unit < end; ++unit) {
-        wait_for_copies();
-        __syncthreads();  // this tile is complete, and nobody reads the other one any more
+    int tile = 0, spare_tile = Shared::kXTiles - 1;
+    for (int i = 0; i < count; ++i) {
+        wait_for_copies_before<Shared::kLatest>();
+        __syncthreads();  // this tile is complete, and nobody reads the spare one any more
         UnitCodes<kWidth> now[kRowBlocks];
-#pragma unroll
-        for (int b = 0; b < kRowBlocks; ++b) now[b] = next[b];
-        if (unit + 1 < end) {
-#pragma unroll
-            for (int b = 0; b < kRowBlocks; ++b)
-                next[b] = load_codes<kWidth>(codes[b] + (unit + 1) * kUnitBytes<kWidth>, lane);
-            fill(unit + 1);
-        }
+        codes.take(now);
+        if (i + Shared::kXTiles - 1 < count) fill(i + Shared::kXTiles - 1, spare_tile);
+        commit_copies();
+        if (i + Codes::depth() < count) codes.start();
+        commit_copies();
         Operand<T> operand[kRowBlocks];
 #pragma unroll
         for (int b = 0; b < kRowBlocks; ++b) {
             uint32_t element[kUnitCodes];
 #pragma unroll
             for (int j = 0; j < kUnitCodes; ++j) element[j] = table.of(now[b], j);
-            if (escapes) {
-                for_escapes(weight, row_block[b] * units + unit, [&](int row, int column) {
+            if (escapes[b].of(i)) {
+                for_escapes(weight, first_unit[b] + i, [&](int row, int column) {
                     const int own = owner_of(row, column) == lane ? element_of(row, column) : -1;
 #pragma unroll
                     for (int j = 0; j < kUnitCodes; ++j)
@@ -249,9 +386,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
             }
             operand[b].pack(element);
         }
-        multiply<kTiles, kRowBlocks, T>(sums, operand,
-                                        tiles + unit % 2 * (Shared::kColumns * Shared::kStride),
+        multiply<kTiles, kRowBlocks, T>(sums, operand, tiles + tile * Shared::kTile,
                                         Shared::kStride, 0, lane);
+        spare_tile = tile;
+        tile = tile == Shared::kXTiles - 1 ? 0 : tile + 1;
     }
     write<kTiles, kRowBlocks>(sums, args.out, n0, lane, warp);
 }
@@ -370,14 +508,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_pairs(MatmulArgs args
     write<kTiles, 1>(sums, args.out, n0, lane, warp);
 }
 
-// Calls f with the kernel for `tiles` times 8 columns, the rows of a block and its shared memory.
+// Calls f with the kernel for `tiles` times 8 columns, the rows of a block and its shared memory;
+// `ring`: copies do not wait on the device.
 template <int kWidth, int kTiles, class T, class F>
-void with_kernel(const MatmulArgs& args, F f) {
+void with_kernel(const MatmulArgs& args, bool ring, F f) {
     const int splits = args.out.splits;
     const auto share = [splits](int64_t steps) { return (steps + splits - 1) / splits; };
     if (args.weight.layout == Layout::kDense) {
         f(matmul_dense<kWidth, kTiles, T>, kWarps * kBlocks<kTiles, T> * kUnitRows,
-          DenseShared<kWidth, kTiles, T>::bytes(args.source.image, share(args.weight.units())));
+          DenseShared<kWidth, kTiles, T>::bytes(args.source.image, share(args.weight.units()),
+                                                ring));
     } else {
         f(matmul_pairs<kWidth, kTiles, T>, kWarps * kUnitRows,
           PairsShared<kWidth, kTiles, T>::bytes(args.source.image, share(args.weight.windows())));
@@ -385,17 +525,23 @@ void with_kernel(const MatmulArgs& args, F f) {
 }
 
 template <class F>
-void with_kernel(const MatmulArgs& args, int tiles, F f) {
+void with_kernel(const MatmulArgs& args, bool ring, int tiles, F f) {
     with_type(args.source.dtype, [&](auto type) {
         using T = decltype(type);
         const bool narrow = args.weight.width() == 5;
         if (tiles == 2)
-            narrow ? with_kernel<5, 2, T>(args, f) : with_kernel<8, 2, T>(args, f);
+            narrow ? with_kernel<5, 2, T>(args, ring, f) : with_kernel<8, 2, T>(args, ring, f);
         else if (tiles == 4)
-            narrow ? with_kernel<5, 4, T>(args, f) : with_kernel<8, 4, T>(args, f);
+            narrow ? with_kernel<5, 4, T>(args, ring, f) : with_kernel<8, 4, T>(args, ring, f);
         else
-            narrow ? with_kernel<5, 8, T>(args, f) : with_kernel<8, 8, T>(args, f);
+            narrow ? with_kernel<5, 8, T>(args, ring, f) : with_kernel<8, 8, T>(args, ring, f);
     });
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+    int value = 0;
+    PK_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device), "properties of device ", device);
+    return value;
 }
 
 // How many blocks of a kernel a multiprocessor holds at once.
@@ -415,12 +561,12 @@ int resident_blocks(void (*kernel)(Args), size_t shared, int device) {
 }
 
 // The most columns, in eights, whose tiles fit; 0 when none do.
-int fitting_tiles(const MatmulArgs& args, int device) {
+int fitting_tiles(const MatmulArgs& args, bool ring, int device) {
     const auto limit = static_cast<size_t>(shared_limit(device));
     const int64_t N = args.out.N;
     for (int tiles = N <= 16 ? 2 : N <= 32 ? 4 : 8; tiles >= 2; tiles /= 2) {
         bool fits = false;
-        with_kernel(args, tiles, [&](auto, int, size_t shared) { fits = shared <= limit; });
+        with_kernel(args, ring, tiles, [&](auto, int, size_t shared) { fits = shared <= limit; });
         if (fits) return tiles;
     }
     return 0;
@@ -434,9 +580,10 @@ bool matmul(const MatmulArgs& args, const Queue& queue) {
              " of M = ", args.weight.M, ", expected one codebook; decode the weight instead");
     if (out.N == 0 || out.M == 0) return true;
     if (args.source.image && !has_taps(args.source.shape)) return false;
-    const int tiles = fitting_tiles(args, queue.device);
+    const bool ring = attribute(cudaDevAttrComputeCapabilityMajor, queue.device) >= 8;
+    const int tiles = fitting_tiles(args, ring, queue.device);
     if (tiles == 0) return false;
-    with_kernel(args, tiles, [&](auto kernel, int rows, size_t shared) {
+    with_kernel(args, ring, tiles, [&](auto kernel, int rows, size_t shared) {
         const dim3 grid(static_cast<unsigned>((out.M + rows - 1) / rows),
                         static_cast<unsigned>((out.N + 8 * tiles - 1) / (8 * tiles)),
                         static_cast<unsigned>(out.splits));
@@ -456,19 +603,19 @@ int matmul_splits(const DeviceWeight& weight, Dtype dtype, int64_t N, bool image
     args.source.dtype = dtype;
     args.source.image = image;
     args.out.N = N;
-    int multiprocessors = 0;
-    PK_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-                  "multiprocessors of device ", device);
+    const bool ring = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 8;
+    const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
     // A block of the dense layout has four units at least, so that its prologue is worth it.
     const int64_t steps = weight.layout == Layout::kDense ? weight.units() / 4 : weight.windows();
     int best = 1;
     size_t known_shared = 0;  // bytes that `resident` is about
     int64_t resident = 0;
     for (args.out.splits = 1; args.out.splits <= steps; ++args.out.splits) {
-        const int tiles = fitting_tiles(args, device);  // an image's grow with the steps of a block
+        const int tiles =
+            fitting_tiles(args, ring, device);  // an image's grow with the steps of a block
         int64_t blocks = args.out.splits;
         if (tiles == 0) continue;
-        with_kernel(args, tiles, [&](auto kernel, int rows, size_t shared) {
+        with_kernel(args, ring, tiles, [&](auto kernel, int rows, size_t shared) {
             blocks *= (weight.M + rows - 1) / rows * ((N + 8 * tiles - 1) / (8 * tiles));
             if (shared != known_shared) resident = resident_blocks(kernel, shared, device);
             known_shared = shared;

@@ -121,6 +121,29 @@ __global__ void copies(Args args) {
     if (args.variant == 2) placekern::cuda::wait_for_copies();
 }
 
+// in: uint32 [4 threads]; out: uint32 [4 threads]. Numbers on their way one behind the other, each
+// a group of a thread. Variants: 0 correct, 1 waits for one group too few, 2 does not commit
+__global__ void copy_groups(Args args) {
+    constexpr int kAhead = 2;
+    const uint32_t* in = static_cast<const uint32_t*>(args.in) + threadIdx.x;
+    uint32_t* out = static_cast<uint32_t*>(args.out) + threadIdx.x;
+    uint32_t* shared = shared_array<uint32_t>() + threadIdx.x;
+    const auto start = [&](int i) {
+        if (i < 4) placekern::cuda::copy_word_async(shared + i * blockDim.x, in + i * blockDim.x);
+        if (args.variant != 2) placekern::cuda::commit_copies();
+    };
+    for (int i = 0; i < kAhead; ++i) start(i);
+    for (int i = 0; i < 4; ++i) {
+        start(i + kAhead);
+        if (args.variant == 1)
+            placekern::cuda::wait_for_copies_before<kAhead + 1>();
+        else
+            placekern::cuda::wait_for_copies_before<kAhead>();
+        out[i * blockDim.x] = shared[i * blockDim.x];
+    }
+    placekern::cuda::wait_for_copies();
+}
+
 // out: int [1 + 2 threads]: visits, then who came; each thread comes before and behind a barrier
 __global__ void order(Args args) {
     int* visits = static_cast<int*>(args.out);
@@ -276,11 +299,11 @@ struct Entry {
 };
 #define ENTRY(kernel) {#kernel, kernel}
 const Entry kEntries[] = {
-    ENTRY(collectives),   ENTRY(bits),          ENTRY(narrow),     ENTRY(widen),
-    ENTRY(product),       ENTRY(transposition), ENTRY(copies),     ENTRY(order),
-    ENTRY(indices),       ENTRY(atomics),       ENTRY(misuse),     ENTRY(block_exchange),
-    ENTRY(warp_exchange), ENTRY(grid_exchange), ENTRY(last_block), ENTRY(bounds),
-    ENTRY(fresh),         ENTRY(speed),         ENTRY(deep)};
+    ENTRY(collectives),    ENTRY(bits),          ENTRY(narrow),        ENTRY(widen),
+    ENTRY(product),        ENTRY(transposition), ENTRY(copies),        ENTRY(copy_groups),
+    ENTRY(order),          ENTRY(indices),       ENTRY(atomics),       ENTRY(misuse),
+    ENTRY(block_exchange), ENTRY(warp_exchange), ENTRY(grid_exchange), ENTRY(last_block),
+    ENTRY(bounds),         ENTRY(fresh),         ENTRY(speed),         ENTRY(deep)};
 
 }  // namespace
 
