@@ -159,7 +159,7 @@ def test_blocks_that_share_a_sum_run_at_once(
 
     # Four multiprocessors, and of small blocks four on each.
     assert splits(64, 16) == (16 if layout == Layout.DENSE else 12)  # pairs: three
-    assert splits(640, 16) == 1
+    assert splits(2048, 16) == 1
     monkeypatch.setenv("PLACEKERN_EMULATED_SHARED", "101376")
     assert splits(64, 16) == 4
     assert splits(64, 64) == 4

@@ -37,16 +37,23 @@ inline void finish_copy(const Copy& copy) {
             copy.global != nullptr ? *static_cast<const uint4*>(copy.global) : uint4{};
 }
 
-inline void start_copy(const char* name, void* shared, const void* global, bool inside, int bytes,
-                       Site site) {
-    if (reinterpret_cast<uintptr_t>(shared) % bytes != 0 ||
-        reinterpret_cast<uintptr_t>(global) % bytes != 0)
+// Refuses addresses that are not on so many bytes, or not of shared memory.
+inline void check_shared(const char* name, const void* shared, const void* global, int bytes,
+                         Site site) {
+    const auto off = [bytes](const void* address) {
+        return reinterpret_cast<uintptr_t>(address) % bytes != 0;
+    };
+    if (off(shared) || off(global))
         fail(kMisaligned, "%s at %s:%d: %s address %p is not on %d bytes", name, site.file,
-             site.line, reinterpret_cast<uintptr_t>(shared) % bytes != 0 ? "shared" : "global",
-             reinterpret_cast<uintptr_t>(shared) % bytes != 0 ? shared : global, bytes);
+             site.line, off(shared) ? "shared" : "global", off(shared) ? shared : global, bytes);
     if (!in_shared_memory(shared, bytes))
         fail(kLaunchFailure, "%s at %s:%d: %p is outside of the launch's shared memory", name,
              site.file, site.line, shared);
+}
+
+inline void start_copy(const char* name, void* shared, const void* global, bool inside, int bytes,
+                       Site site) {
+    check_shared(name, shared, global, bytes, site);
     const Copy copy{shared, inside ? global : nullptr, bytes, 0};
     if (capability() < 80)
         finish_copy(copy);
@@ -91,6 +98,22 @@ inline uint32_t transpose(uint32_t pair, emulated::Site site = emulated::here())
         return static_cast<uint32_t>(pairs[4 * r + column / 2] >> (16 * (column % 2))) & 0xffffu;
     };
     return element(row) | element(row + 1) << 16;
+}
+
+inline void load_matrices(uint32_t (&word)[4], const void* row,
+                          emulated::Site site = emulated::here()) {
+    emulated::check_shared("load_matrices", row, nullptr, 16, site);
+    uint64_t halves[2];
+    const uint4 own = *static_cast<const uint4*>(row);
+    std::memcpy(halves, &own, sizeof(halves));
+    const int g = emulated::lane() / 4, q = emulated::lane() % 4;
+    for (int half = 0; half < 2; ++half) {
+        const uint64_t* rows =
+            emulated::gather("load_matrices", emulated::kFullMask, halves[half], site);
+        if (q / 2 != half) continue;
+        for (int i = 0; i < 4; ++i)
+            word[i] = static_cast<uint32_t>(rows[8 * i + g] >> (32 * (q % 2)));
+    }
 }
 
 inline bool copies_wait() { return emulated::capability() >= 80; }

@@ -250,7 +250,7 @@ void fail(int status, const char* format, ...) {
 
 int lane() { return running % kLanes; }
 
-// PLACEKERN_EMULATED_WITHOUT=matmul.cu:167 makes the barrier of that line order no memory, as if it
+// PLACEKERN_EMULATED_WITHOUT=direct.cu:167 makes the barrier of that line order no memory, as if it
 // were not there: ThreadSanitizer must then report what it guarded (tests/test_cuda_barriers.py).
 static bool is_without(Site site) {
     static const char* const wanted = std::getenv("PLACEKERN_EMULATED_WITHOUT");

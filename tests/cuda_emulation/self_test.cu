@@ -104,6 +104,18 @@ __global__ void transposition(Args args) {
         placekern::cuda::transpose(static_cast<const unsigned*>(args.in)[threadIdx.x]);
 }
 
+// in: uint32 [32, 4], rows of four matrices; out: uint32 [32, 4]. Variants: 0 correct, 1 a
+// misaligned row, 2 not from shared memory
+__global__ void matrices(Args args) {
+    const uint4* in = static_cast<const uint4*>(args.in) + threadIdx.x;
+    uint4* shared = shared_array<uint4>() + (threadIdx.x ^ 5);  // rows may lie anywhere
+    *shared = *in;
+    const char* row = reinterpret_cast<const char*>(args.variant == 2 ? in : shared);
+    uint32_t word[4];
+    placekern::cuda::load_matrices(word, row + (args.variant == 1 ? 8 : 0));
+    for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(args.out)[4 * threadIdx.x + i] = word[i];
+}
+
 // in, out: uint4 [threads]. Variants: 0 correct, 1 never waits, 2 waits too late, 3 outside of the
 // array, 4 a misaligned destination, 5 a misaligned source, 6 not into shared memory
 __global__ void copies(Args args) {
@@ -298,12 +310,13 @@ struct Entry {
     void (*kernel)(Args);
 };
 #define ENTRY(kernel) {#kernel, kernel}
-const Entry kEntries[] = {
-    ENTRY(collectives),    ENTRY(bits),          ENTRY(narrow),        ENTRY(widen),
-    ENTRY(product),        ENTRY(transposition), ENTRY(copies),        ENTRY(copy_groups),
-    ENTRY(order),          ENTRY(indices),       ENTRY(atomics),       ENTRY(misuse),
-    ENTRY(block_exchange), ENTRY(warp_exchange), ENTRY(grid_exchange), ENTRY(last_block),
-    ENTRY(bounds),         ENTRY(fresh),         ENTRY(speed),         ENTRY(deep)};
+const Entry kEntries[] = {ENTRY(collectives),   ENTRY(bits),           ENTRY(narrow),
+                          ENTRY(widen),         ENTRY(product),        ENTRY(transposition),
+                          ENTRY(matrices),      ENTRY(copies),         ENTRY(copy_groups),
+                          ENTRY(order),         ENTRY(indices),        ENTRY(atomics),
+                          ENTRY(misuse),        ENTRY(block_exchange), ENTRY(warp_exchange),
+                          ENTRY(grid_exchange), ENTRY(last_block),     ENTRY(bounds),
+                          ENTRY(fresh),         ENTRY(speed),          ENTRY(deep)};
 
 }  // namespace
 
