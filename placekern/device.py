@@ -327,8 +327,6 @@ def _direct_splits(weight: _native.Weight, x: Tensor) -> int:
 
 
 def _matmul_splits(weight: _native.Weight, x: Tensor, N: int) -> int:
-    dense = weight.layout == Layout.DENSE
-    rows = 128 if dense and N > 16 and x.element_size() == 2 else 64
-    blocks = -(-weight.M // rows) * -(-N // 64)
-    multiprocessors = _native.device_properties(_native.device_index(x)).multiprocessors
-    return _splits(blocks, 4 * multiprocessors, _steps(weight) // 4 if dense else _steps(weight))
+    M, K, bits, layout = weight[:4]
+    index = _native.device_index(x)
+    return _native.matmul_splits(M, K, bits, layout, x.dtype, N, x.dim() == 4, index)

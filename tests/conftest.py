@@ -115,9 +115,11 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         return
     variant = os.environ.get("PLACEKERN_EMULATION", "plain")
     monkeypatch.setattr(_native.cuda, "_cuda", cuda_emulation.load(variant))
-    _native.device_properties.cache_clear()
+    for cached in (_native.device_properties, _native.matmul_splits):
+        cached.cache_clear()
     yield Gpu("cpu")
-    _native.device_properties.cache_clear()
+    for cached in (_native.device_properties, _native.matmul_splits):
+        cached.cache_clear()
 
 
 @pytest.fixture

@@ -75,6 +75,33 @@ def test_splits_of_the_columns_add_up(
         assert relative_error(y.cpu(), wanted) < 1.2e-2
 
 
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+def test_columns_behind_the_last_are_in_no_image(gpu: Gpu, layout: Layout) -> None:
+    # In memory NaN follows the channels, and the image is taller than a short number can say.
+    channels, M = 10, 20
+    memory = gpu.tensor(torch.full((channels + 80, 40_000, 1), float("nan")).bfloat16())
+    x = memory[None, :channels]
+    x.copy_(torch.randn(x.shape))
+    weight = random_weight(M, channels * 3, 0.4, 8)
+    y = ops.conv2d(x, gpu.weight(weight, layout), kernel_size=(3, 1), stride=(7000, 1))
+    dense = weight.to_dense().double().view(M, channels, 3, 1)
+    assert y.shape == (1, M, 6, 1)
+    assert relative_error(y.cpu(), F.conv2d(x.cpu().double(), dense, stride=(7000, 1))) < 1.2e-2
+
+
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+def test_a_kernel_that_reaches_far(gpu: Gpu, layout: Layout) -> None:
+    weight = random_weight(20, 6, 0.6, 8)
+    x = torch.randn(1, 3, 40_010, 1).bfloat16()
+    y = ops.conv2d(
+        gpu.tensor(x), gpu.weight(weight, layout), kernel_size=(2, 1), dilation=(40_000, 1)
+    )
+    wanted = F.conv2d(
+        x.double(), weight.to_dense().double().view(20, 3, 2, 1), None, 1, 0, (40_000, 1)
+    )
+    assert relative_error(y.cpu(), wanted) < 1.2e-2
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_decoded_slices_of_rows_are_put_together(
     gpu: Gpu, any_way: None, exact_conv: None, monkeypatch: pytest.MonkeyPatch, groups: int

@@ -183,6 +183,20 @@ def test_transposition(emulation: Emulation, order: str) -> None:
     np.testing.assert_array_equal(out, expected)
 
 
+def test_matrices_from_shared_memory(emulation: Emulation, order: str) -> None:
+    given = aligned(words(np.random.default_rng(0), 132))
+    out = emulation.run("matrices", given, np.zeros((8, 4, 4), np.uint32), shared=512)
+    expected = given.reshape(4, 8, 4)  # matrix, row, pair of columns
+    np.testing.assert_array_equal(out, expected.transpose(1, 2, 0))
+    for variant, status, text in (
+        (1, MISALIGNED, "shared address"),
+        (2, LAUNCH_FAILURE, "outside of the launch's shared memory"),
+    ):
+        found = emulation.launch("matrices", given, out, variant=variant, shared=512)
+        assert found == status
+        assert text in emulation.text(found)
+
+
 def test_indices_of_three_dimensions(emulation: Emulation, order: str) -> None:
     grid, block = (3, 2, 2), (5, 3, 2)
     out = emulation.run("indices", None, np.zeros((12, 30, 6), np.uint32), grid=grid, block=block)
@@ -253,12 +267,14 @@ def test_a_missing_barrier_shows_in_one_order_or_another(
 # ---- asynchronous copies ----
 
 
+def aligned(memory: NDArray) -> NDArray:
+    """128 of 132 words that start on 16 bytes."""
+    return memory[-memory.ctypes.data % 16 // 4 :][:128]
+
+
 def copy(emulation: Emulation, variant: int) -> tuple[int, NDArray, NDArray]:
-    memory = words(np.random.default_rng(0), 33 * 4)
-    offset = -memory.ctypes.data % 16 // 4
-    given = memory[offset : offset + 128]
-    out = np.zeros(132, np.uint32)
-    out = out[-out.ctypes.data % 16 // 4 :][:128]
+    given = aligned(words(np.random.default_rng(0), 132))
+    out = aligned(np.zeros(132, np.uint32))
     return emulation.launch("copies", given, out, variant=variant, shared=512), given, out
 
 
@@ -278,6 +294,19 @@ def test_a_copy_that_was_not_waited_for_is_an_error(emulation: Emulation) -> Non
     status, *_ = copy(emulation, 1)
     assert status == LAUNCH_FAILURE
     assert "leaves with 1 asynchronous copies that it never waited for" in emulation.text(status)
+
+
+def test_a_group_of_copies_is_done_when_it_was_waited_for(emulation: Emulation, order: str) -> None:
+    given = words(np.random.default_rng(0), 4 * 32)
+
+    def run(variant: int) -> NDArray:
+        return emulation.run(
+            "copy_groups", given, np.zeros(4 * 32, np.uint32), variant=variant, shared=4 * 4 * 32
+        )
+
+    np.testing.assert_array_equal(run(0), given)
+    for variant in (1, 2):  # one group too few, and what is in no group
+        assert (run(variant) == 0xFFFFFFFF).all()
 
 
 @pytest.mark.parametrize(

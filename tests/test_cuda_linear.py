@@ -129,6 +129,44 @@ def test_splits_of_the_columns_add_up_in_a_fixed_order(
         assert relative_error(results[0].cpu(), wanted, squares) < 1.2e-2
 
 
+def test_a_long_sum_in_one_block_with_escapes_far_apart(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of 80 units, the first half has an escape here and there, the second one many.
+    monkeypatch.setattr(device, "_matmul_splits", lambda *_: 1)
+    mask = torch.rand(40, 64 * 80) < 0.3
+    mask[:, : 64 * 40] &= torch.rand(40, 64 * 40) < 0.002
+    codes = torch.randint(0, 2, (int(mask.sum()),), dtype=torch.uint8)
+    weight = QuantSparseWeight.from_mask(mask, codes, torch.tensor([-1.5, 2.0]))
+    moved = gpu.weight(weight, Layout.DENSE)
+    for N in (9, 40):
+        x = torch.randn(N, 64 * 80).bfloat16()
+        wanted, squares = expected(x, weight, None, False)
+        assert relative_error(ops.linear(gpu.tensor(x), moved).cpu(), wanted, squares) < 1.2e-2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_that_share_a_sum_run_at_once(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    if gpu.device.type == "cuda":
+        pytest.skip("a real device holds what its registers allow")
+    K = 64 * 80  # 80 units, 21 windows
+
+    def splits(M: int, N: int, image: bool = False) -> int:
+        _native.matmul_splits.cache_clear()
+        return _native.matmul_splits(M, K, 8, layout, torch.bfloat16, N, image, 0)
+
+    # Four multiprocessors, and of small blocks four on each.
+    assert splits(64, 16) == (16 if layout == Layout.DENSE else 12)  # pairs: three
+    assert splits(2048, 16) == 1
+    monkeypatch.setenv("PLACEKERN_EMULATED_SHARED", "101376")
+    assert splits(64, 16) == 4
+    assert splits(64, 64) == 4
+    assert splits(64, 128) == 2  # another block for the other columns
+    assert splits(64, 16, image=True) >= 1
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("limit", "least"), [("SCRATCH_BYTES", 1), ("_DECODED_ROWS", 16)])
 def test_decoded_slices_of_rows_are_put_together(

@@ -97,6 +97,11 @@ PYBIND11_MODULE(_cuda, m) {
         [](const DeviceWeight& weight, const Source& source, const Output& out, int device,
            uintptr_t stream) { return matmul({weight, source, out}, {device, stream}); },
         Released());
+    m.def("matmul_splits", [](int64_t M, int64_t K, int bits, int layout, int dtype, int64_t N,
+                              bool image, int device) {
+        const DeviceWeight weight = {M, K, bits, static_cast<Layout>(layout), {}, {}, {}, M};
+        return matmul_splits(weight, static_cast<Dtype>(dtype), N, image, device);
+    });
     m.def(
         "decode",
         [](const DeviceWeight& weight, int64_t first, int64_t rows, int taps, uintptr_t dense,

@@ -81,8 +81,28 @@ __device__ __forceinline__ uint32_t transpose(uint32_t pair) {
     return result;
 }
 
+// Loads four 8 x 8 matrices of 16-bit elements: lane 8 i + r gives where row r of matrix i is,
+// eight elements on 16 bytes, and lane 4 g + q gets of matrix i row g, columns 2q and 2q + 1, as
+// word i. (PTX ISA, ldmatrix.)
+__device__ __forceinline__ void load_matrices(uint32_t (&word)[4], const void* row) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// Whether copy_async and copy_word_async only start a copy: Turing copies at once, and waits.
+__device__ constexpr bool copies_wait() {
+#if __CUDA_ARCH__ >= 800
+    return true;
+#else
+    return false;
+#endif
+}
+
 // Copies 16 bytes from global to shared memory, or writes zeros where `inside` is false; done when
-// `wait_for_copies` returns. Turing copies at once.
+// the thread has waited for it.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
 #if __CUDA_ARCH__ >= 800
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -96,9 +116,35 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 #endif
 }
 
+// Copies 4 bytes.
+__device__ __forceinline__ void copy_word_async(uint32_t* shared, const uint32_t* global) {
+#if __CUDA_ARCH__ >= 800
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
+#else
+    *shared = __ldg(global);
+#endif
+}
+
+// Waits for all copies of this thread.
 __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Makes a group of the copies that this thread has started since the last group; it may be empty.
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups of this thread but the latest kLatest.
+template <int kLatest>
+__device__ __forceinline__ void wait_for_copies_before() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory");
 #endif
 }
 

@@ -10,14 +10,23 @@ namespace placekern::cuda {
 // Whether neighbouring rows of the weight are neighbours in y; else pixels are.
 __device__ inline bool rows_together(const Output& out) { return out.row_stride == 1; }
 
-// y[n, m] = sum + bias, then ReLU.
-__device__ inline void store(const Output& out, int64_t n, int64_t m, float sum) {
+// What y[n, m] has added to its sum.
+__device__ inline float bias_of(const Output& out, int64_t m) {
+    return out.bias.data ? read(out.bias, m) : 0.0f;
+}
+
+// y[n, m] = sum, which has its bias, after ReLU.
+__device__ inline void store_biased(const Output& out, int64_t n, int64_t m, float sum) {
     const int64_t image = out.pixels == 1 ? n : n / out.pixels;
     const int64_t place =
         image * out.image_stride + (n - image * out.pixels) * out.pixel_stride + m * out.row_stride;
-    if (out.bias.data) sum += read(out.bias, m);
     // Not fmaxf: a NaN must come through.
     write(out.y, place, out.relu && sum < 0.0f ? 0.0f : sum);
+}
+
+// y[n, m] = sum + bias, then ReLU.
+__device__ inline void store(const Output& out, int64_t n, int64_t m, float sum) {
+    store_biased(out, n, m, sum + bias_of(out, m));
 }
 
 // Takes the sum that split `split` has for n < N, m < M.

@@ -4,6 +4,8 @@
 // the 16-byte reads of eight lanes fall into different banks.
 #pragma once
 
+#include <type_traits>
+
 #include "args.h"
 #include "instructions.cuh"
 #include "number.cuh"
@@ -45,14 +47,23 @@ struct Sixteen {
     }
 };
 
-// What an element k of an image's column adds to the address of its pixel.
-struct Tap {
+// What an element k of an image's column adds to the address of its pixel. On eight bytes, so that
+// it is read at once.
+struct alignas(8) Tap {
     int offset;
     short dy, dx;
 };
 
-// Fills taps [count] for the elements first, first + 1, ... by all threads of a block; those at or
-// behind K lie outside every image. The caller synchronises.
+// Whether Tap has room for the taps of a convolution.
+inline bool has_taps(const ConvShape& shape) {
+    constexpr int64_t kFarthest = 0x7fff;
+    return (shape.kernel_h - 1) * shape.dilation_h <= kFarthest &&
+           (shape.kernel_w - 1) * shape.dilation_w <= kFarthest;
+}
+
+// Fills taps [count] for the elements first, first + 1, ... by all threads of a block. Those at or
+// behind K lie outside of every image of fewer than 32,767 rows; whoever reads taps must not take
+// them for real in a taller one. The caller synchronises.
 __device__ inline void fill_taps(Tap* taps, int count, int64_t first, int64_t K,
                                  const Source& source) {
     const ConvShape& s = source.shape;
@@ -89,11 +100,10 @@ struct Pixel {
         return pixel;
     }
 
-    template <class T>
-    __device__ __forceinline__ T at(const Tap& tap, const Source& source) const {
-        const bool real = inside && static_cast<unsigned>(y + tap.dy) < source.shape.height &&
-                          static_cast<unsigned>(x + tap.dx) < source.shape.width;
-        return real ? static_cast<const T*>(source.x)[base + tap.offset] : from_float<T>(0.0f);
+    // Whether a tap of it lies in an image of this size; no branch.
+    __device__ __forceinline__ bool has(const Tap& tap, unsigned height, unsigned width) const {
+        return inside & (static_cast<unsigned>(y + tap.dy) < height) &
+               (static_cast<unsigned>(x + tap.dx) < width);
     }
 };
 
@@ -119,12 +129,29 @@ __device__ __forceinline__ void fill_tile(T* tile, const Source& source, const T
         }
         return;
     }
-    // Neighbouring threads take neighbouring pixels, which lie together in an image.
-    const int n = threadIdx.x % kColumns;
-    const Pixel pixel = Pixel::of(n0 + n, N, source);
-    for (int slot = threadIdx.x / kColumns; slot < slots; slot += blockDim.x / kColumns) {
-        tile[n * stride + tile_place<T>(slot)] =
-            slot < real ? pixel.at<T>(taps[slot], source) : from_float<T>(0.0f);
+    // Neighbouring threads take neighbouring pixels, which lie together in an image. Eight loads of
+    // a thread are on their way before it waits for the first.
+    constexpr int kBatch = 8;
+    using Bits = std::conditional_t<sizeof(T) == 2, unsigned short, uint32_t>;
+    const auto* const x = static_cast<const Bits*>(source.x);
+    auto* const row = reinterpret_cast<Bits*>(tile + threadIdx.x % kColumns * stride);
+    const int elements = static_cast<int>(min(int64_t{real}, K - first_k));
+    const int step = blockDim.x / kColumns;  // slots is a multiple of kBatch times this
+    const Pixel pixel = Pixel::of(n0 + threadIdx.x % kColumns, N, source);
+    const auto height = static_cast<unsigned>(source.shape.height);
+    const auto width = static_cast<unsigned>(source.shape.width);
+#pragma unroll 1
+    for (int first = threadIdx.x / kColumns; first < slots; first += kBatch * step) {
+        Bits value[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int slot = first + i * step;
+            const Tap tap = taps[slot];
+            const bool known = (slot < elements) & pixel.has(tap, height, width);
+            value[i] = known ? __ldg(x + (pixel.base + tap.offset)) : Bits{0};
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) row[tile_place<T>(first + i * step)] = value[i];
     }
 }
 

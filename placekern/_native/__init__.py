@@ -39,6 +39,7 @@ from .cuda import (
     device_properties,
     has_cuda,
     is_emulated,
+    matmul_splits,
 )
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "kmeans_optimal",
     "linear",
     "linear_backward",
+    "matmul_splits",
     "on_16_bytes",
     "set_isa",
     "way",

@@ -6,7 +6,7 @@ the place of `_cuda`, which takes tensors of the CPU.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -84,6 +84,27 @@ def device_direct(weight: Weight, source: Source, out: Output) -> None:
 def device_matmul(weight: Weight, source: Source, out: Output) -> bool:
     """Fills out.y on tensor cores; False, where a block finds no room in shared memory."""
     return _cuda.matmul(_device_weight(weight), _source(source), _output(out), *_queue(source.x))
+
+
+@lru_cache(4096)
+def matmul_splits(
+    M: int, K: int, bits: int, layout: int, dtype: torch.dtype, N: int, image: bool, index: int
+) -> int:
+    """Blocks that should share a sum of `device_matmul`: so many that all run at once.
+
+    Of sizes only, so that it is worked out once for a layer and a batch.
+
+    Args:
+        M: rows of the weight.
+        K: its columns.
+        bits: of a code.
+        layout: Layout.DENSE or PAIRS.
+        dtype: of x.
+        N: columns of the product.
+        image: whether they are windows of an image.
+        index: of the CUDA device.
+    """
+    return _cuda.matmul_splits(M, K, bits, layout, _DTYPES[dtype], N, image, index)
 
 
 def device_decode(weight: Weight, first: int, dense: Tensor, taps: int = 1) -> None:

@@ -80,6 +80,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
 
 namespace emulated {
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t resident_blocks(int* blocks, int threads, size_t shared);
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*run)(void*),
                    void* arguments);
 }  // namespace emulated
@@ -87,6 +88,13 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
 template <class T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
     return emulated::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+// Of a kernel whose registers set no limit.
+template <class T>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int threads,
+                                                          size_t shared) {
+    return emulated::resident_blocks(blocks, threads, shared);
 }
 
 template <class... Expected, class... Actual>

@@ -1,6 +1,7 @@
 // The functions of csrc/cuda/instructions.cuh in software, with the layouts that are commented
-// there. One surprise: a copy happens in wait_for_copies, so that a kernel which does not wait
-// reads what was there before. On a Turing it happens at once, as on the real one.
+// there. One surprise: a copy happens when it is waited for, and no sooner, so that a kernel which
+// waits for too few reads what was there before. On a Turing it happens at once, as on the real
+// one.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,8 +30,35 @@ inline void need_ampere(const char* what, Site site) {
 }
 
 inline void finish_copy(const Copy& copy) {
-    *static_cast<uint4*>(copy.shared) =
-        copy.global != nullptr ? *static_cast<const uint4*>(copy.global) : uint4{};
+    if (copy.bytes == 4)
+        *static_cast<uint32_t*>(copy.shared) = *static_cast<const uint32_t*>(copy.global);
+    else
+        *static_cast<uint4*>(copy.shared) =
+            copy.global != nullptr ? *static_cast<const uint4*>(copy.global) : uint4{};
+}
+
+// Refuses addresses that are not on so many bytes, or not of shared memory.
+inline void check_shared(const char* name, const void* shared, const void* global, int bytes,
+                         Site site) {
+    const auto off = [bytes](const void* address) {
+        return reinterpret_cast<uintptr_t>(address) % bytes != 0;
+    };
+    if (off(shared) || off(global))
+        fail(kMisaligned, "%s at %s:%d: %s address %p is not on %d bytes", name, site.file,
+             site.line, off(shared) ? "shared" : "global", off(shared) ? shared : global, bytes);
+    if (!in_shared_memory(shared, bytes))
+        fail(kLaunchFailure, "%s at %s:%d: %p is outside of the launch's shared memory", name,
+             site.file, site.line, shared);
+}
+
+inline void start_copy(const char* name, void* shared, const void* global, bool inside, int bytes,
+                       Site site) {
+    check_shared(name, shared, global, bytes, site);
+    const Copy copy{shared, inside ? global : nullptr, bytes, 0};
+    if (capability() < 80)
+        finish_copy(copy);
+    else
+        begin_copy(copy);
 }
 
 }  // namespace emulated
@@ -72,29 +100,45 @@ inline uint32_t transpose(uint32_t pair, emulated::Site site = emulated::here())
     return element(row) | element(row + 1) << 16;
 }
 
+inline void load_matrices(uint32_t (&word)[4], const void* row,
+                          emulated::Site site = emulated::here()) {
+    emulated::check_shared("load_matrices", row, nullptr, 16, site);
+    uint64_t halves[2];
+    const uint4 own = *static_cast<const uint4*>(row);
+    std::memcpy(halves, &own, sizeof(halves));
+    const int g = emulated::lane() / 4, q = emulated::lane() % 4;
+    for (int half = 0; half < 2; ++half) {
+        const uint64_t* rows =
+            emulated::gather("load_matrices", emulated::kFullMask, halves[half], site);
+        if (q / 2 != half) continue;
+        for (int i = 0; i < 4; ++i)
+            word[i] = static_cast<uint32_t>(rows[8 * i + g] >> (32 * (q % 2)));
+    }
+}
+
+inline bool copies_wait() { return emulated::capability() >= 80; }
+
 inline void copy_async(void* shared, const void* global, bool inside,
                        emulated::Site site = emulated::here()) {
-    if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
-        reinterpret_cast<uintptr_t>(global) % 16 != 0)
-        emulated::fail(emulated::kMisaligned,
-                       "copy_async at %s:%d: %s address %p is not on 16 bytes", site.file,
-                       site.line,
-                       reinterpret_cast<uintptr_t>(shared) % 16 != 0 ? "shared" : "global",
-                       reinterpret_cast<uintptr_t>(shared) % 16 != 0 ? shared : global);
-    if (!emulated::in_shared_memory(shared, 16))
-        emulated::fail(emulated::kLaunchFailure,
-                       "copy_async at %s:%d: %p is outside of the launch's shared memory",
-                       site.file, site.line, shared);
-    const emulated::Copy copy{shared, inside ? global : nullptr};
-    if (emulated::capability() < 80)
-        emulated::finish_copy(copy);
-    else
-        emulated::begin_copy(copy);
+    emulated::start_copy("copy_async", shared, global, inside, 16, site);
+}
+
+inline void copy_word_async(uint32_t* shared, const uint32_t* global,
+                            emulated::Site site = emulated::here()) {
+    emulated::start_copy("copy_word_async", shared, global, true, 4, site);
 }
 
 inline void wait_for_copies() {
     emulated::Copy copy;
     while (emulated::next_copy(&copy)) emulated::finish_copy(copy);
+}
+
+inline void commit_copies() { emulated::commit_copies(); }
+
+template <int kLatest>
+void wait_for_copies_before() {
+    emulated::Copy copy;
+    while (emulated::next_copy(&copy, kLatest)) emulated::finish_copy(copy);
 }
 
 }  // namespace placekern::cuda

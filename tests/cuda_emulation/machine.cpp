@@ -43,6 +43,7 @@ struct Thread {
     unsigned launch;  // the last one that it ran in
     Copy copies[kCopies];
     int first_copy, last_copy;  // counted on; the place is the remainder
+    int groups;                 // of copies, that were committed
     bool fenced;
     const void* atomics[kAtomics];
     int atomic_count;  // counted on, as above
@@ -191,7 +192,7 @@ void run_block(unsigned number) {
         const unsigned row = i / blockDim.x;
         thread.index = {i % blockDim.x, row % blockDim.y, row / blockDim.y};
         thread.left = thread.fenced = false;
-        thread.first_copy = thread.last_copy = thread.atomic_count = 0;
+        thread.first_copy = thread.last_copy = thread.groups = thread.atomic_count = 0;
         thread.fiber.restart(thread_entry, i);
     }
     schedule.start(count);
@@ -249,7 +250,7 @@ void fail(int status, const char* format, ...) {
 
 int lane() { return running % kLanes; }
 
-// PLACEKERN_EMULATED_WITHOUT=matmul.cu:167 makes the barrier of that line order no memory, as if it
+// PLACEKERN_EMULATED_WITHOUT=direct.cu:167 makes the barrier of that line order no memory, as if it
 // were not there: ThreadSanitizer must then report what it guarded (tests/test_cuda_barriers.py).
 static bool is_without(Site site) {
     static const char* const wanted = std::getenv("PLACEKERN_EMULATED_WITHOUT");
@@ -320,14 +321,24 @@ void begin_copy(const Copy& copy) {
         fail(kLaunchFailure,
              "thread %d has %d asynchronous copies in flight, the most that are emulated", running,
              kCopies);
-    self.copies[self.last_copy++ % kCopies] = copy;
+    Copy& begun = self.copies[self.last_copy++ % kCopies];
+    begun = copy;
+    begun.group = self.groups;
 }
 
-bool next_copy(Copy* copy) {
+void commit_copies() {
+    check_running("commit_copies");
+    ++threads[running].groups;
+}
+
+bool next_copy(Copy* copy, int latest) {
     check_running("wait_for_copies");
     Thread& self = threads[running];
     if (self.first_copy == self.last_copy) return false;
-    *copy = self.copies[self.first_copy++ % kCopies];
+    const Copy& oldest = self.copies[self.first_copy % kCopies];
+    if (latest != kNoGroup && oldest.group >= self.groups - latest) return false;
+    *copy = oldest;
+    ++self.first_copy;
     return true;
 }
 

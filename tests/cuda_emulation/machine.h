@@ -58,13 +58,19 @@ using Complete = void (*)(const uint64_t* values);
 const uint64_t* gather(const char* name, unsigned mask, uint64_t value, Site site,
                        Complete complete = nullptr);
 
-// Asynchronous copies of 16 bytes of the running thread, oldest first.
+// Asynchronous copies of 16 or 4 bytes of the running thread, oldest first.
 struct Copy {
     void* shared;
     const void* global;  // null: zeros
+    int bytes;
+    int group;  // set when it begins
 };
+constexpr int kNoGroup = -1;  // next_copy: of all copies
 void begin_copy(const Copy& copy);
-bool next_copy(Copy* copy);
+void commit_copies();
+// The oldest copy that is not of the latest so many groups, nor in none yet; false where there is
+// none.
+bool next_copy(Copy* copy, int latest = kNoGroup);
 bool in_shared_memory(const void* address, size_t bytes);
 
 // What orders memory between blocks: an atomic after a fence publishes what came before the fence,

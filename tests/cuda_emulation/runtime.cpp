@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kSharedUnasked = 48 * 1024;
 constexpr int kReserved = 1024;  // of a multiprocessor's shared memory, for each block
+constexpr int kMostBlocks = 32;  // of a multiprocessor
 
 std::mutex device_mutex;  // the machine runs one launch at a time
 std::unordered_map<const void*, int> allowed_shared;
@@ -58,6 +59,16 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
         const std::lock_guard<std::mutex> lock(device_mutex);
         allowed_shared[kernel] = value;
     }
+    return cudaSuccess;
+}
+
+cudaError_t resident_blocks(int* blocks, int threads, size_t shared) {
+    if (threads < 1 || threads > kMaxThreads)
+        return refuse(cudaErrorInvalidValue, "invalid argument: threads of a block");
+    const size_t of_shared = (shared_limit() + kReserved) / (shared + kReserved);
+    const size_t of_threads = 2 * kMaxThreads / threads;
+    *blocks = static_cast<int>(of_shared < of_threads ? of_shared : of_threads);
+    if (*blocks > kMostBlocks) *blocks = kMostBlocks;
     return cudaSuccess;
 }
 

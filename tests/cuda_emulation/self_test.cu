@@ -104,6 +104,18 @@ __global__ void transposition(Args args) {
         placekern::cuda::transpose(static_cast<const unsigned*>(args.in)[threadIdx.x]);
 }
 
+// in: uint32 [32, 4], rows of four matrices; out: uint32 [32, 4]. Variants: 0 correct, 1 a
+// misaligned row, 2 not from shared memory
+__global__ void matrices(Args args) {
+    const uint4* in = static_cast<const uint4*>(args.in) + threadIdx.x;
+    uint4* shared = shared_array<uint4>() + (threadIdx.x ^ 5);  // rows may lie anywhere
+    *shared = *in;
+    const char* row = reinterpret_cast<const char*>(args.variant == 2 ? in : shared);
+    uint32_t word[4];
+    placekern::cuda::load_matrices(word, row + (args.variant == 1 ? 8 : 0));
+    for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(args.out)[4 * threadIdx.x + i] = word[i];
+}
+
 // in, out: uint4 [threads]. Variants: 0 correct, 1 never waits, 2 waits too late, 3 outside of the
 // array, 4 a misaligned destination, 5 a misaligned source, 6 not into shared memory
 __global__ void copies(Args args) {
@@ -119,6 +131,29 @@ __global__ void copies(Args args) {
     if (args.variant != 1 && args.variant != 2) placekern::cuda::wait_for_copies();
     *out = *shared;
     if (args.variant == 2) placekern::cuda::wait_for_copies();
+}
+
+// in: uint32 [4 threads]; out: uint32 [4 threads]. Numbers on their way one behind the other, each
+// a group of a thread. Variants: 0 correct, 1 waits for one group too few, 2 does not commit
+__global__ void copy_groups(Args args) {
+    constexpr int kAhead = 2;
+    const uint32_t* in = static_cast<const uint32_t*>(args.in) + threadIdx.x;
+    uint32_t* out = static_cast<uint32_t*>(args.out) + threadIdx.x;
+    uint32_t* shared = shared_array<uint32_t>() + threadIdx.x;
+    const auto start = [&](int i) {
+        if (i < 4) placekern::cuda::copy_word_async(shared + i * blockDim.x, in + i * blockDim.x);
+        if (args.variant != 2) placekern::cuda::commit_copies();
+    };
+    for (int i = 0; i < kAhead; ++i) start(i);
+    for (int i = 0; i < 4; ++i) {
+        start(i + kAhead);
+        if (args.variant == 1)
+            placekern::cuda::wait_for_copies_before<kAhead + 1>();
+        else
+            placekern::cuda::wait_for_copies_before<kAhead>();
+        out[i * blockDim.x] = shared[i * blockDim.x];
+    }
+    placekern::cuda::wait_for_copies();
 }
 
 // out: int [1 + 2 threads]: visits, then who came; each thread comes before and behind a barrier
@@ -275,12 +310,13 @@ struct Entry {
     void (*kernel)(Args);
 };
 #define ENTRY(kernel) {#kernel, kernel}
-const Entry kEntries[] = {
-    ENTRY(collectives),   ENTRY(bits),          ENTRY(narrow),     ENTRY(widen),
-    ENTRY(product),       ENTRY(transposition), ENTRY(copies),     ENTRY(order),
-    ENTRY(indices),       ENTRY(atomics),       ENTRY(misuse),     ENTRY(block_exchange),
-    ENTRY(warp_exchange), ENTRY(grid_exchange), ENTRY(last_block), ENTRY(bounds),
-    ENTRY(fresh),         ENTRY(speed),         ENTRY(deep)};
+const Entry kEntries[] = {ENTRY(collectives),   ENTRY(bits),           ENTRY(narrow),
+                          ENTRY(widen),         ENTRY(product),        ENTRY(transposition),
+                          ENTRY(matrices),      ENTRY(copies),         ENTRY(copy_groups),
+                          ENTRY(order),         ENTRY(indices),        ENTRY(atomics),
+                          ENTRY(misuse),        ENTRY(block_exchange), ENTRY(warp_exchange),
+                          ENTRY(grid_exchange), ENTRY(last_block),     ENTRY(bounds),
+                          ENTRY(fresh),         ENTRY(speed),          ENTRY(deep)};
 
 }  // namespace
 
