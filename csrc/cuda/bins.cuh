@@ -91,8 +91,8 @@ struct CodeBins {
 };
 
 // Finds the chunks of one row in the block's window, from the counts of the windows before it; by
-// `lanes` neighbouring lanes, a power of two. What `start` loads is used by `find`: a caller that
-// has other work in between does not wait.
+// `lanes` neighbouring lanes: 2, 4 or 8. What `start` loads is used by `find`: a caller that has
+// other work in between does not wait.
 class RunFinder {
   public:
     __device__ RunFinder(const DeviceWeight& weight, int windows, int window, int lanes)
@@ -126,14 +126,18 @@ class RunFinder {
         for (int i = 0; i < kHeld; ++i) sums += counted(held_[i], own_ + i * lanes_);
         for (int w = own_ + kHeld * lanes_; w < count_; w += lanes_)
             sums += counted(__ldg(words_ + w), w);
-        for (int step = lanes_ / 2; step > 0; step /= 2)
-            sums += __shfl_xor_sync(kFullWarp, sums, step);
+#pragma unroll
+        for (int step = kMostLanes / 2; step > 0; step /= 2) {
+            const uint32_t other = __shfl_xor_sync(kFullWarp, sums, step);
+            if (step < lanes_) sums += other;
+        }
         return row_first_ + static_cast<int>(sums & 0xffff) + static_cast<int>(sums >> 16);
     }
 
     __device__ __forceinline__ int chunks() const { return chunks_; }
 
   private:
+    static constexpr int kMostLanes = 8;
     static constexpr int kHeld = 3;  // words of counts, enough for 96 windows and eight lanes
 
     // Adds up the bytes of word w that belong to windows before the block's.

@@ -266,11 +266,13 @@ struct PairsTiles {
         const uint32_t place[2] = {places(chunk.x, row), places(chunk.y, row)};
         const uint32_t code[2] = {chunk.z, chunk.w};
         const int to = kFirst + (tile * kUnitRows + row) * kRowBytes;
+        uint32_t word[kChunk];  // all read before the first is written: one wait, not eight
 #pragma unroll
-        for (int j = 0; j < kChunk; ++j) {
-            const uint32_t word = at<uint32_t>(placekern_shared, times_4(code[j / 4], j % 4));
-            at<uint32_t>(placekern_shared, to | times_4(place[j / 4], j % 4)) = word;
-        }
+        for (int j = 0; j < kChunk; ++j)
+            word[j] = at<uint32_t>(placekern_shared, times_4(code[j / 4], j % 4));
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j)
+            at<uint32_t>(placekern_shared, to | times_4(place[j / 4], j % 4)) = word[j];
     }
 
     // Takes a lane's 32 words of unit `unit` out of a tile.
