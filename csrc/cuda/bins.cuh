@@ -90,21 +90,21 @@ struct CodeBins {
     }
 };
 
-// Finds the chunks of one row in the block's window, from the counts of the windows before it; by
+// Finds the chunks of one row in one window, from the counts of the windows before it; by
 // `lanes` neighbouring lanes: 2, 4 or 8. What `start` loads is used by `find`: a caller that has
 // other work in between does not wait.
 class RunFinder {
   public:
-    __device__ RunFinder(const DeviceWeight& weight, int windows, int window, int lanes)
+    __device__ RunFinder(const DeviceWeight& weight, int windows, int lanes)
         : counts_(weight.run_chunks()),
           chunk_ptr_(weight.chunk_ptr()),
           windows_(windows),
-          window_(window),
           lanes_(lanes),
           own_(static_cast<int>(threadIdx.x) % lanes) {}
 
     // Row m has no chunks where m >= end.
-    __device__ __forceinline__ void start(int64_t m, int64_t end) {
+    __device__ __forceinline__ void start(int64_t m, int64_t end, int window) {
+        window_ = window;
         const int64_t begin = m < end ? m * windows_ : 0;
         const int before = m < end ? window_ : 0;
         lead_ = static_cast<int>(begin % 4);
@@ -140,7 +140,7 @@ class RunFinder {
     static constexpr int kMostLanes = 8;
     static constexpr int kHeld = 3;  // words of counts, enough for 96 windows and eight lanes
 
-    // Adds up the bytes of word w that belong to windows before the block's.
+    // Adds up the bytes of word w that belong to windows before the row's own.
     __device__ __forceinline__ uint32_t counted(uint32_t word, int w) const {
         const int from = 4 * w - lead_;       // window of its first byte
         const int over = from + 4 - window_;  // bytes at its end that lie behind
@@ -151,9 +151,9 @@ class RunFinder {
 
     const uint8_t* counts_;
     const int* chunk_ptr_;
-    int windows_, window_, lanes_, own_;
+    int windows_, lanes_, own_;
     const uint32_t* words_;
-    int lead_, count_, row_first_, chunks_;
+    int window_, lead_, count_, row_first_, chunks_;
     uint32_t held_[kHeld];
 };
 

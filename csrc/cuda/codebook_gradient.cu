@@ -86,9 +86,9 @@ __device__ void add_pairs(const CodebookGradientCall& call, int m, const Item& i
     constexpr uint32_t kAbsent = CodeBins<kWidth>::kSpare * CodeBins<kWidth>::kRowBytes * 0x10001u;
     constexpr int kRowLanes = kWarp / kUnitRows;
     const int row = lane / kRowLanes;
-    RunFinder finder(call.weight, item.windows, item.window, kRowLanes);
+    RunFinder finder(call.weight, item.windows, kRowLanes);
     const int first_place = item.first_place + first_slot;
-    finder.start(m + row, is_of(call, m + row) ? m + row + 1 : 0);
+    finder.start(m + row, is_of(call, m + row) ? m + row + 1 : 0, item.window);
     for (int i = lane; i < kCodeBytes / 16; i += kWarp)
         at<uint4>(codes, 16 * i) = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);
     const auto* const chunks = reinterpret_cast<const uint4*>(call.weight.codes) + finder.find();
