@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "instructions.cuh"
 #include "kmeans_assign.cuh"
 
 namespace placekern::cuda {
@@ -23,6 +24,7 @@ constexpr int kLoads = 4;                // 16-byte loads of a lane in a tile
 constexpr int kLanePoints = 4 * kLoads;  // points of a lane in a tile
 constexpr int kTile = kWarp * kLanePoints;
 constexpr int kWarpTiles = 4;   // tiles that are worth a warp with its tables
+constexpr int kPrefetch = 2;    // tiles of a warp on their way to the L2 cache
 constexpr int kMostWarps = 16;  // of a block; a thread then has 128 registers
 constexpr int kBuckets = 8192;  // a power of two
 
@@ -180,6 +182,12 @@ __device__ __forceinline__ void load_tile(const float4* points, int64_t tile,
     for (int i = 0; i < kLoads; ++i) loads[i] = __ldcs(from + i * kWarp);
 }
 
+// Asks for a tile, if there is such a one, long before it is loaded.
+__device__ __forceinline__ void prefetch_tile(const float4* points, int64_t tile, int64_t tiles) {
+    if (tile < tiles && threadIdx.x % kWarp == 0)
+        prefetch_to_l2(points + tile * (kTile / 4), kTile * sizeof(float));
+}
+
 __device__ __forceinline__ void store_codes(uint8_t* to, const int (&codes)[4], bool wide) {
     const unsigned low = __byte_perm(codes[0], codes[1], 0x0040);
     const unsigned high = __byte_perm(codes[2], codes[3], 0x0040);
@@ -198,6 +206,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) assign_kernel(const Pass pa
     const float4* body = reinterpret_cast<const float4*>(pass.points + pass.head);
     float4 next[kLoads];  // on their way while the tables are made, or the tile before is worked on
     if (warp < pass.tiles) load_tile(body, warp, next);
+    for (int i = 1; i <= kPrefetch; ++i) prefetch_tile(body, warp + i * warps, pass.tiles);
     const Search search(pass.work.made, pass.shared);
     Bins bins(pass.shared, search.largest());
     double* row = pass.work.warp_sums + warp * pass.shared.count;
@@ -214,6 +223,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) assign_kernel(const Pass pa
             x[i][3] = next[i].w;
         }
         if (tile + warps < pass.tiles) load_tile(body, tile + warps, next);
+        prefetch_tile(body, tile + (1 + kPrefetch) * warps, pass.tiles);
         // All gathers before the first store: the compiler cannot know that they do not meet.
         int all = 0;
 #pragma unroll

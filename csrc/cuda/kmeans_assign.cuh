@@ -156,16 +156,17 @@ class Search {
 };
 
 // Sums and counts of the points of a warp. The float32 sums move to float64 every `flush_tiles()`
-// tiles of 16 points a lane, so that none is of more than 4,096 points. When these are all equal,
-// the worst case, they are added in fours, and one part in 50,000 is lost. A flush reads `count`
-// sums a lane: at most a sixteenth of a read per point.
+// tiles of 16 points a lane, so that none is of more than 4,096 points; two lanes' sums are still
+// added in float32. When all points are equal, the worst case, they are added in fours, and one
+// part in 50,000 is lost. A flush reads `count` sums a lane: at most a sixteenth of a read per
+// point.
 class Bins {
   public:
     // `largest`: a size that points have. Waits for the block, and for all it wrote before.
     __device__ Bins(const Shared& shared, float largest)
         : count_(shared.count),
-          // Room for 4,096 of the largest floats; else every bit down to the smallest.
-          unit_(largest >= 0x1p64f ? 0x1p-13f : 1.0f),
+          // Room for twice 4,096 of the largest floats; else every bit down to the smallest.
+          unit_(largest >= 0x1p64f ? 0x1p-14f : 1.0f),
           flushed_(false) {
         const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
         sums_ = &shared_at<float>(
@@ -210,14 +211,20 @@ class Bins {
         float* sums = sums_ - lane;
         __syncwarp();
         for (int c = lane; c < count_; c += kWarp) {
+            constexpr int kHeld = 8;  // read before they are cleared: one wait for them all
             double total = 0.0;
-#pragma unroll 4
-            for (int i = 0; i < kWarp; ++i) {  // 32 lanes in 32 banks
-                float& sum = sums[c * kWarp + (i + lane) % kWarp];
-                total += sum;
-                sum = 0.0f;
+#pragma unroll 1
+            for (int first = lane; first < kWarp + lane; first += kHeld) {
+                float held[kHeld];
+#pragma unroll
+                for (int i = 0; i < kHeld; ++i)  // 32 lanes in 32 banks
+                    held[i] = sums[c * kWarp + (first + i) % kWarp];
+#pragma unroll
+                for (int i = 0; i < kHeld; ++i) sums[c * kWarp + (first + i) % kWarp] = 0.0f;
+#pragma unroll
+                for (int i = 0; i < kHeld; i += 2) total += held[i] + held[i + 1];
             }
-            total *= unit_ < 1.0f ? 0x1p13 : 1.0;
+            total *= unit_ < 1.0f ? 0x1p14 : 1.0;
             row[c] = flushed_ ? row[c] + total : total;
         }
         flushed_ = true;
