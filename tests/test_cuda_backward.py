@@ -218,6 +218,25 @@ def test_conv2d_agrees_with_plain_torch(
     assert relative_error(leaf.grad.cpu(), grad_x, terms) < precision
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("kilobytes", [64, 99, 163])
+def test_codebook_gradient_on_devices_with_less_shared_memory(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, layout: Layout, bits: int, kilobytes: int
+) -> None:
+    if gpu.device.type == "cuda":
+        pytest.skip("a real GPU has the memory it has")
+    monkeypatch.setenv("PLACEKERN_EMULATED_SHARED", str(kilobytes * 1024))
+    weight = random_weight(150, 600, 0.6, bits)
+    moved = gpu.weight(weight, layout)
+    codebook = moved.codebook.clone().requires_grad_()
+    x, grad_y = torch.randn(70, 600), torch.randn(70, 150)
+    ops.linear(x, with_codebook(moved, codebook)).backward(grad_y)
+    G = codebook_gradient(weight, grad_y.double().T @ x.double())
+    squares = codebook_gradient(weight, grad_y.double().square().T @ x.double().square())
+    assert relative_error(codebook.grad, G, squares) < 1e-5
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_slices_of_rows_add_up(
     gpu: Gpu, exact_conv: None, monkeypatch: pytest.MonkeyPatch, groups: int

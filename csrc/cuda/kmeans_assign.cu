@@ -6,7 +6,7 @@
 //
 // Budget of the pass. A point moves 5 bytes. A multiprocessor of an H100 moves 13 bytes a cycle at
 // copy speed, so 32 points may take 12.4 cycles: 49 instructions over its four schedulers. They
-// take 25 (disassembled for sm_90), and 12 to 14 turns at shared memory: two gathers with bank
+// take 26 (disassembled for sm_90), and 12 to 14 turns at shared memory: two gathers with bank
 // conflicts (3.5 turns each), the sums (2), the counts (2 to 4) and the points themselves (1.3).
 #include "kmeans_assign.h"
 
