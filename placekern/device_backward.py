@@ -40,18 +40,12 @@ def linear_backward(
     fused = x.dtype != torch.float32 and N <= _FUSED_ROWS and _native.way() != "decode"
     fused = fused and weight.codebooks == 1
     if fused and (plan := _native.device_linear_backward_plan(weight, x, wanted)).warps:
-        grad_x = sums = None
-        if wanted[0]:
-            grad_x = x.new_empty((plan.splits, *x.shape), dtype=torch.float32)
-        if wanted[1]:
-            sums = x.new_empty((plan.partials, entries), dtype=torch.float64)
-        rows = F.pad(grad_y, (0, 0, 0, plan.chunks * plan.columns - N))
-        by_chunk = rows.view(plan.chunks, plan.columns, weight.M).transpose(1, 2).contiguous()
-        _native.device_linear_backward(weight, plan, x.contiguous(), by_chunk, grad_x, sums)
-        return (
-            None if grad_x is None else grad_x.sum(0).to(x.dtype),
-            None if sums is None else sums.sum(0),
-        )
+        x = x.contiguous()
+        grad_x = torch.empty_like(x) if wanted[0] else None
+        sums = x.new_empty(entries, dtype=torch.float64) if wanted[1] else None
+        operands = _operands(grad_y, plan.chunks, plan.columns)
+        _native.device_linear_backward(weight, plan, x, operands, grad_x, sums)
+        return grad_x, sums
     grad_x = _grad_rows(weight, grad_y) if wanted[0] else None
     if not wanted[1]:
         return grad_x, None
@@ -64,6 +58,16 @@ def linear_backward(
         for _, codebook, first, rows in _runs(weight, 1)
     )
     return grad_x, _sums(weight, x, parts)
+
+
+def _operands(grad_y: Tensor, chunks: int, columns: int) -> Tensor:
+    """grad_y [N, M] as operands of tensor cores, in the order of csrc/cuda/linear_backward.h."""
+    N, M = grad_y.shape
+    blocks = -(-M // 16)
+    missing = (0, blocks * 16 - M, 0, chunks * columns - N)
+    rows = F.pad(grad_y, missing) if any(missing) else grad_y
+    split = rows.reshape(chunks, 4, columns // 16, 2, 2, blocks, 2, 8)
+    return split.permute(0, 5, 2, 7, 1, 3, 6, 4).contiguous()
 
 
 def conv2d_backward(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import CONVOLUTIONS, random_weight, relative_error, with_codebook
 from torch import Tensor
 
-from placekern import QuantSparseWeight, _native, device, ops
+from placekern import QuantSparseWeight, _native, device, device_backward, ops
 from placekern.packing import Layout
 
 if TYPE_CHECKING:
@@ -121,6 +121,53 @@ def test_gradients_are_the_same_every_time(gpu: Gpu) -> None:
             assert torch.equal(result[1], results[0][1])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("kilobytes", [227, 102])  # the latter for two warps of 8-bit pairs
+@pytest.mark.parametrize(
+    ("M", "K", "N"),
+    [
+        (640, 248, 20),  # many blocks have steps of one window
+        (16, 2300, 40),  # a block has steps of many windows, of both chunks
+        (100, 749, 33),  # windows begin and end within blocks; columns are not vectors
+        (208, 1000, 16),
+        (30, 3, 1),
+    ],
+)
+def test_partial_sums_that_nobody_wrote_are_not_read(
+    gpu: Gpu,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: Layout,
+    bits: int,
+    kilobytes: int,
+    M: int,
+    K: int,
+    N: int,
+) -> None:
+    if gpu.device.type == "cpu":
+        monkeypatch.setenv("PLACEKERN_EMULATED_SHARED", str(kilobytes * 1024))
+    weight = rounded(random_weight(M, K, 0.3, bits), torch.float16)
+    native = ops.common.weight(*ops.common.arrays(gpu.weight(weight, layout)))
+    x, grad_y = torch.randn(N, K).half(), torch.randn(N, M).half()
+    plan = _native.device_linear_backward_plan(native, gpu.tensor(x), (True, True))
+    assert plan.warps > 0
+    empty = torch.empty
+
+    def filled(*size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return empty(*size, dtype=dtype, device=device).fill_(255)  # bytes of NaN
+
+    monkeypatch.setattr(torch, "empty", filled)
+    grad_x, sums = device_backward.linear_backward(
+        native, gpu.tensor(x), gpu.tensor(grad_y), (True, True)
+    )
+    dense = weight.to_dense().double()
+    terms = grad_y.double().square() @ dense.square()
+    assert relative_error(grad_x.cpu(), grad_y.double() @ dense, terms) < 1e-3
+    G = codebook_gradient(weight, grad_y.double().T @ x.double())
+    squares = codebook_gradient(weight, grad_y.double().square().T @ x.double().square())
+    assert relative_error(sums.cpu(), G, squares) < 1e-5
+
+
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,6 +216,25 @@ def test_conv2d_agrees_with_plain_torch(
     precision = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     assert leaf.grad.is_contiguous(memory_format=memory_format)
     assert relative_error(leaf.grad.cpu(), grad_x, terms) < precision
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("kilobytes", [64, 99, 163])
+def test_codebook_gradient_on_devices_with_less_shared_memory(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, layout: Layout, bits: int, kilobytes: int
+) -> None:
+    if gpu.device.type == "cuda":
+        pytest.skip("a real GPU has the memory it has")
+    monkeypatch.setenv("PLACEKERN_EMULATED_SHARED", str(kilobytes * 1024))
+    weight = random_weight(150, 600, 0.6, bits)
+    moved = gpu.weight(weight, layout)
+    codebook = moved.codebook.clone().requires_grad_()
+    x, grad_y = torch.randn(70, 600), torch.randn(70, 150)
+    ops.linear(x, with_codebook(moved, codebook)).backward(grad_y)
+    G = codebook_gradient(weight, grad_y.double().T @ x.double())
+    squares = codebook_gradient(weight, grad_y.double().square().T @ x.double().square())
+    assert relative_error(codebook.grad, G, squares) < 1e-5
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -279,9 +279,10 @@ def copy(emulation: Emulation, variant: int) -> tuple[int, NDArray, NDArray]:
 
 
 def test_a_copy_is_done_when_it_was_waited_for(emulation: Emulation, order: str) -> None:
-    status, given, out = copy(emulation, 0)
-    assert status == 0
-    np.testing.assert_array_equal(out, given)
+    for variant in (0, 7):
+        status, given, out = copy(emulation, variant)
+        assert status == 0
+        np.testing.assert_array_equal(out, given)
     status, _, out = copy(emulation, 3)  # outside of the array: zeros
     assert status == 0
     assert (out == 0).all()
@@ -315,6 +316,7 @@ def test_a_group_of_copies_is_done_when_it_was_waited_for(emulation: Emulation, 
         (4, MISALIGNED, "shared address"),
         (5, MISALIGNED, "global address"),
         (6, LAUNCH_FAILURE, "outside of the launch's shared memory"),
+        (8, MISALIGNED, "prefetch_to_l2 at"),
     ],
 )
 def test_a_copy_from_or_to_a_wrong_place_is_an_error(

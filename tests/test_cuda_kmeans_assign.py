@@ -107,6 +107,8 @@ CENTROIDS: dict[str, Tensor] = {
     "all equal": torch.full((256,), 0.25),
     "all zero": torch.zeros(7),
     "zeros of both signs": torch.tensor([0.0, -0.0, 0.0, -0.0]),
+    "many zeros of both signs": torch.tensor([0.0, -0.0, 1.0, -0.0]).repeat(64),
+    "signs of the smallest and of zero": torch.tensor([-SMALLEST, -0.0, SMALLEST, 0.0]).repeat(9),
     "smallest steps": torch.arange(-128, 128) * SMALLEST,
     "neighbouring floats": (torch.ones(1).view(torch.int32) + torch.arange(256).int()).view(
         torch.float32
@@ -125,6 +127,9 @@ CENTROIDS: dict[str, Tensor] = {
     "infinite": torch.tensor([-INFINITY, -1.0, 0.0, INFINITY, INFINITY]),
     "both infinities alone": torch.tensor([INFINITY, -INFINITY, INFINITY, -INFINITY]),
     "NaN among them": torch.tensor([1.0, NAN, -1.0, NAN, 2.0]),
+    "NaN of both signs": torch.tensor([NAN, -0.0, -NAN, 0.0, -INFINITY, INFINITY]).repeat(42),
+    "NaN behind infinity": torch.tensor([INFINITY, NAN]).repeat(128),
+    "ties of three": torch.linspace(-1, 1, 85).repeat(3),
     "NaN alone": torch.tensor([NAN, NAN, NAN]),
 }
 

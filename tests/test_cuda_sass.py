@@ -24,6 +24,7 @@ FAMILIES = {
     "decode_pairs",
     "direct_dense",
     "direct_pairs",
+    "finish_backward",
     "finish_kernel",
     "gradient",
     "matmul_dense",
@@ -45,6 +46,7 @@ READ = {
     "decode_pairs<true, half>": (WIDE_LOAD, r"STG\.E\.128"),
     "direct_dense<8, 1, half>": (WIDE_LOAD,),
     "direct_pairs<8, 1, half, true>": (WIDE_LOAD,),
+    "finish_backward<4, half>": (WIDE_LOAD,),
     "finish_kernel": (),
     "gradient<8, false, half>": (WIDE_LOAD, "HMMA"),
     "gradient<8, true, half>": (WIDE_LOAD, "HMMA"),
@@ -111,7 +113,7 @@ BUDGETS = {
     "matmul_pairs<8, 2, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD, "LDGSTS", "STS"), 1, 947),
     # A unit and 32 rows of x, both gradients; pairs: with 512 non-zeros.
     "backward_dense<8, 2, 3, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD,), 1, 580),
-    "backward_pairs<8, 2, 3, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD, "STS"), 1, 838),
+    "backward_pairs<8, 2, 3, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD, "STS"), 1, 800),
     # 32 rows, 64 slots and 16 gathered windows of an image; in float32, 8.
     "gradient<8, false, bfloat16>": Loop("HMMA", 16, ("LDG", "STS"), 1, 353),
     "gradient<8, false, float>": Loop("FFMA", 256, (), 1, 495),

@@ -125,8 +125,7 @@ PYBIND11_MODULE(_cuda, m) {
         .def_readonly("warps", &LinearBackwardPlan::warps)
         .def_readonly("columns", &LinearBackwardPlan::columns)
         .def_readonly("chunks", &LinearBackwardPlan::chunks)
-        .def_readonly("splits", &LinearBackwardPlan::splits)
-        .def_readonly("partials", &LinearBackwardPlan::partials);
+        .def_readonly("workspace", &LinearBackwardPlan::workspace);
     m.def("linear_backward_plan", [](const DeviceWeight& weight, int dtype, int64_t N, bool grad_x,
                                      bool grad_codebook, int device) {
         return linear_backward_plan(weight, static_cast<Dtype>(dtype), N, grad_x, grad_codebook,
@@ -136,10 +135,10 @@ PYBIND11_MODULE(_cuda, m) {
         "linear_backward",
         [](const DeviceWeight& weight, int dtype, const LinearBackwardPlan& plan, int64_t N,
            uintptr_t x, int64_t x_stride, uintptr_t grad_y, uintptr_t grad_x,
-           uintptr_t grad_codebook, int device, uintptr_t stream) {
+           uintptr_t grad_codebook, uintptr_t workspace, int device, uintptr_t stream) {
             linear_backward(
                 {weight, static_cast<Dtype>(dtype), plan, N, address(x), x_stride, address(grad_y),
-                 address<float>(grad_x), address<double>(grad_codebook)},
+                 address<void>(grad_x), address<double>(grad_codebook), address<void>(workspace)},
                 {device, stream});
         },
         Released());

@@ -90,21 +90,21 @@ struct CodeBins {
     }
 };
 
-// Finds the chunks of one row in the block's window, from the counts of the windows before it; by
-// `lanes` neighbouring lanes, a power of two. What `start` loads is used by `find`: a caller that
-// has other work in between does not wait.
+// Finds the chunks of one row in one window, from the counts of the windows before it; by
+// `lanes` neighbouring lanes: 2, 4 or 8. What `start` loads is used by `find`: a caller that has
+// other work in between does not wait.
 class RunFinder {
   public:
-    __device__ RunFinder(const DeviceWeight& weight, int windows, int window, int lanes)
+    __device__ RunFinder(const DeviceWeight& weight, int windows, int lanes)
         : counts_(weight.run_chunks()),
           chunk_ptr_(weight.chunk_ptr()),
           windows_(windows),
-          window_(window),
           lanes_(lanes),
           own_(static_cast<int>(threadIdx.x) % lanes) {}
 
     // Row m has no chunks where m >= end.
-    __device__ __forceinline__ void start(int64_t m, int64_t end) {
+    __device__ __forceinline__ void start(int64_t m, int64_t end, int window) {
+        window_ = window;
         const int64_t begin = m < end ? m * windows_ : 0;
         const int before = m < end ? window_ : 0;
         lead_ = static_cast<int>(begin % 4);
@@ -126,17 +126,21 @@ class RunFinder {
         for (int i = 0; i < kHeld; ++i) sums += counted(held_[i], own_ + i * lanes_);
         for (int w = own_ + kHeld * lanes_; w < count_; w += lanes_)
             sums += counted(__ldg(words_ + w), w);
-        for (int step = lanes_ / 2; step > 0; step /= 2)
-            sums += __shfl_xor_sync(kFullWarp, sums, step);
+#pragma unroll
+        for (int step = kMostLanes / 2; step > 0; step /= 2) {
+            const uint32_t other = __shfl_xor_sync(kFullWarp, sums, step);
+            if (step < lanes_) sums += other;
+        }
         return row_first_ + static_cast<int>(sums & 0xffff) + static_cast<int>(sums >> 16);
     }
 
     __device__ __forceinline__ int chunks() const { return chunks_; }
 
   private:
+    static constexpr int kMostLanes = 8;
     static constexpr int kHeld = 3;  // words of counts, enough for 96 windows and eight lanes
 
-    // Adds up the bytes of word w that belong to windows before the block's.
+    // Adds up the bytes of word w that belong to windows before the row's own.
     __device__ __forceinline__ uint32_t counted(uint32_t word, int w) const {
         const int from = 4 * w - lead_;       // window of its first byte
         const int over = from + 4 - window_;  // bytes at its end that lie behind
@@ -147,9 +151,9 @@ class RunFinder {
 
     const uint8_t* counts_;
     const int* chunk_ptr_;
-    int windows_, window_, lanes_, own_;
+    int windows_, lanes_, own_;
     const uint32_t* words_;
-    int lead_, count_, row_first_, chunks_;
+    int window_, lead_, count_, row_first_, chunks_;
     uint32_t held_[kHeld];
 };
 

@@ -16,13 +16,11 @@ namespace placekern::cuda {
 namespace {
 
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kWarpRows = kTile / kRowWarps;
 
-// Codes of a unit of the pairs layout, as offsets of their bins; rows are padded for the banks.
-constexpr int kCodeStride = kUnitColumns + 8;
-constexpr int kCodeBytes = kUnitRows * kCodeStride * static_cast<int>(sizeof(uint16_t));
-
-template <int kWidth, bool kPairs>
-constexpr int kSetBytes = CodeBins<kWidth>::kBytes + (kPairs ? kCodeBytes : 0);
+// Codes of the pairs layout, as offsets of their bins: plan.code_rows rows of a tile at a time,
+// each padded for the banks.
+constexpr int kCodeRowBytes = (kTile + 8) * static_cast<int>(sizeof(uint16_t));
 
 // Fills in item i of the work. Blocks side by side have the same columns, which they read from the
 // same images.
@@ -78,44 +76,62 @@ __device__ void add_dense(const CodebookGradientCall& call, int m, int column,
     });
 }
 
-// Likewise; the codes of the unit are written into a tile first.
+// Writes the codes of plan.code_rows rows of the tile of an item, from row `first` on, by all
+// threads: 2 or 8 neighbouring ones have a row. Rows of other groups have none.
 template <int kWidth>
-__device__ void add_pairs(const CodebookGradientCall& call, int m, const Item& item, int first_slot,
-                          const float (&sums)[8][4], const CodeBins<kWidth>& bins,
-                          unsigned char* codes, int lane) {
+__device__ void fill_codes(const CodebookGradientCall& call, const Item& item, int first_row,
+                           unsigned char* codes) {
     constexpr uint32_t kAbsent = CodeBins<kWidth>::kSpare * CodeBins<kWidth>::kRowBytes * 0x10001u;
-    constexpr int kRowLanes = kWarp / kUnitRows;
-    const int row = lane / kRowLanes;
-    RunFinder finder(call.weight, item.windows, item.window, kRowLanes);
-    const int first_place = item.first_place + first_slot;
-    finder.start(m + row, is_of(call, m + row) ? m + row + 1 : 0);
-    for (int i = lane; i < kCodeBytes / 16; i += kWarp)
-        at<uint4>(codes, 16 * i) = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);
+    constexpr int kHeld = 5;  // chunks of a thread on their way at once
+    const int row_lanes = kThreads / call.plan.code_rows;
+    const int own = static_cast<int>(threadIdx.x) % row_lanes;
+    const int own_row = static_cast<int>(threadIdx.x) / row_lanes;
+    const int m = item.row0 + first_row + own_row;
+    RunFinder finder(call.weight, item.windows, row_lanes);
+    finder.start(m, is_of(call, m) ? m + 1 : 0, item.window);
+    unsigned char* const row = codes + own_row * kCodeRowBytes;
+    for (int byte = 16 * own; byte < kCodeRowBytes; byte += 16 * row_lanes)
+        at<uint4>(row, byte) = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);
     const auto* const chunks = reinterpret_cast<const uint4*>(call.weight.codes) + finder.find();
+    const auto slots = static_cast<unsigned>(min(kTile, kPairsWindow - item.first_place));
     __syncwarp();
-    for (int c = lane % kRowLanes; c < finder.chunks(); c += kRowLanes) {
-        const uint4 chunk = __ldg(chunks + c);
+#pragma unroll 1
+    for (int first = own; first < finder.chunks(); first += kHeld * row_lanes) {
+        uint4 chunk[kHeld];
 #pragma unroll
-        for (int j = 0; j < kChunk; ++j) {
-            const int place = static_cast<int>(chunk_byte(chunk, j));
-            const int slot = place - first_place;
-            const unsigned offset = chunk_byte(chunk, kChunk + j) * CodeBins<kWidth>::kRowBytes;
-            if (place < kPairsWindow && slot >= 0 && slot < kUnitColumns)
-                at<uint16_t>(codes, 2 * (row * kCodeStride + slot)) = static_cast<uint16_t>(offset);
+        for (int i = 0; i < kHeld; ++i) {
+            // Not read later unless it was read here.
+            if (first + i * row_lanes < finder.chunks())
+                chunk[i] = __ldg(chunks + first + i * row_lanes);
+        }
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+            if (first + i * row_lanes >= finder.chunks()) break;
+#pragma unroll
+            for (int j = 0; j < kChunk; ++j) {
+                const unsigned slot = chunk_byte(chunk[i], j) - item.first_place;
+                const unsigned offset =
+                    chunk_byte(chunk[i], kChunk + j) * CodeBins<kWidth>::kRowBytes;
+                if (slot < slots) at<uint16_t>(row, 2 * slot) = static_cast<uint16_t>(offset);
+            }
         }
     }
-    __syncwarp();
+}
+
+// Adds a unit of G to bins, by the codes of the tile from the unit's first on.
+template <int kWidth>
+__device__ void add_pairs(const unsigned char* codes, const float (&sums)[8][4],
+                          const CodeBins<kWidth>& bins, int lane) {
     uint32_t word[kUnitCodes / 2];
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-        const uint4 four = at<uint4>(
-            codes, 2 * ((v / 2 * 8 + lane / 4) * kCodeStride + lane % 4 * 16 + v % 2 * 8));
+        const uint4 four = *reinterpret_cast<const uint4*>(
+            codes + (v / 2 * 8 + lane / 4) * kCodeRowBytes + 2 * (lane % 4 * 16 + v % 2 * 8));
         word[4 * v] = four.x;
         word[4 * v + 1] = four.y;
         word[4 * v + 2] = four.z;
         word[4 * v + 3] = four.w;
     }
-    __syncwarp();  // read; the next unit may be written
     add_unit(bins, sums, {true, true}, [&](int j) {
         return static_cast<int>(j % 2 == 0 ? word[j / 2] & 0xffff : word[j / 2] >> 16);
     });
@@ -124,7 +140,7 @@ __device__ void add_pairs(const CodebookGradientCall& call, int m, const Item& i
 template <int kWidth, bool kPairs, class T>
 __global__ void __launch_bounds__(kThreads, 2) gradient(CodebookGradientCall call) {
     using Bins = CodeBins<kWidth>;
-    constexpr int kSet = kSetBytes<kWidth, kPairs>;
+    constexpr int kSet = Bins::kBytes;
     const DeviceWeight& weight = call.weight;
     const int lane = threadIdx.x % kWarp;
     const int warp = threadIdx.x / kWarp;
@@ -155,20 +171,31 @@ __global__ void __launch_bounds__(kThreads, 2) gradient(CodebookGradientCall cal
 #pragma unroll 1
         for (int byte = 16 * threadIdx.x; byte < call.plan.sets * kSet; byte += 16 * kThreads)
             at<uint4>(all_bins, byte) = make_uint4(0, 0, 0, 0);
-        for (int round = 0; round < kWarps / call.plan.sets; ++round) {
+        unsigned char* const codes = all_bins + call.plan.sets * kSet;
+        const int turn =
+            warp % kRowWarps * 2 + warp / kRowWarps;  // warps of the same rows together
+        for (int first = 0; first < kWarps; first += call.plan.sets) {
             __syncthreads();
-            if (warp / call.plan.sets != round) continue;
-            const int turn = round * call.plan.sets + warp % call.plan.sets;  // warp, found anew
-            unsigned char* const set = all_bins + warp % call.plan.sets * kSet;
-            const Bins bins = Bins::of(set, lane);
-            const int first_slot = turn / kRowWarps * kUnitColumns;
+            if constexpr (kPairs) {
+                const int first_row = first / 2 * kWarpRows;
+                if (first % 2 == 0 && (first_row & (call.plan.code_rows - 1)) == 0) {
+                    fill_codes<kWidth>(call, item, first_row, codes);
+                    __syncthreads();
+                }
+            }
+            if (turn / call.plan.sets * call.plan.sets != first) continue;
+            const Bins bins = Bins::of(all_bins + (turn - first) * kSet, lane);
+            const int first_slot = warp / kRowWarps * kUnitColumns;
 #pragma unroll
             for (int b = 0; b < 2; ++b) {
-                const int m = item.row0 + turn % kRowWarps * 32 + b * kUnitRows;
+                const int row = warp % kRowWarps * kWarpRows + b * kUnitRows;
                 if constexpr (kPairs)
-                    add_pairs(call, m, item, first_slot, sums[b], bins, set + Bins::kBytes, lane);
+                    add_pairs(
+                        codes + (row & (call.plan.code_rows - 1)) * kCodeRowBytes + 2 * first_slot,
+                        sums[b], bins, lane);
                 else
-                    add_dense(call, m, item.column0 + first_slot, sums[b], bins, lane);
+                    add_dense(call, item.row0 + row, item.column0 + first_slot, sums[b], bins,
+                              lane);
             }
         }
         __syncthreads();
@@ -182,19 +209,25 @@ __global__ void __launch_bounds__(kThreads, 2) gradient(CodebookGradientCall cal
     }
 }
 
-// Calls f with the kernel, the bytes of a set of bins and those of the tiles.
+// Calls f with the kernel, the bytes of a set of bins, and those of the tiles that lie there
+// before.
 template <class F>
 void with_kernel(const DeviceWeight& weight, Dtype dtype, F f) {
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         const bool pairs = weight.layout == Layout::kPairs;
         if (weight.width() == 5)
-            pairs ? f(gradient<5, true, T>, kSetBytes<5, true>, kStageBytes<T>)
-                  : f(gradient<5, false, T>, kSetBytes<5, false>, kStageBytes<T>);
+            f(pairs ? gradient<5, true, T> : gradient<5, false, T>, CodeBins<5>::kBytes,
+              kStageBytes<T>);
         else
-            pairs ? f(gradient<8, true, T>, kSetBytes<8, true>, kStageBytes<T>)
-                  : f(gradient<8, false, T>, kSetBytes<8, false>, kStageBytes<T>);
+            f(pairs ? gradient<8, true, T> : gradient<8, false, T>, CodeBins<8>::kBytes,
+              kStageBytes<T>);
     });
+}
+
+// Bytes of shared memory that a block takes.
+int shared_bytes(const CodebookGradientPlan& plan, int set, int stage) {
+    return std::max(kBins + plan.sets * set + plan.code_rows * kCodeRowBytes, stage);
 }
 
 }  // namespace
@@ -205,13 +238,21 @@ CodebookGradientPlan codebook_gradient_plan(const DeviceWeight& weight, Dtype dt
     PK_CHECK(dtype != Dtype::kBfloat16 || major >= 8,
              "codebook_gradient: x is bfloat16 and device ", device, " has compute capability ",
              major, ".x, expected 8.0 or newer; use float16 or float32");
-    CodebookGradientPlan plan = {1, 0, 0, 0, 0};
-    const int limit = shared_limit(device);
+    // As many sets of bins as two blocks find room for, then as many rows of codes.
+    const bool pairs = weight.layout == Layout::kPairs;
+    CodebookGradientPlan plan = {1, 0, 0, 0, 0, pairs ? kWarpRows : 0};
     int64_t resident = 1;  // blocks that a multiprocessor holds
     with_kernel(weight, dtype, [&](auto, int set, int stage) {
-        for (int sets = kWarps; sets > 1 && plan.sets == 1; sets /= 2)
-            if (2 * (kBins + sets * set) <= limit) plan.sets = sets;
-        if (2 * std::max(kBins + plan.sets * set, stage) <= limit) resident = 2;
+        for (int sets = kWarps; sets > 0 && resident == 1; sets /= 2) {
+            const int least = kWarpRows * std::max(sets / 2, 1);  // of the warps that add at a time
+            for (const int code_rows : {kTile, least}) {
+                const CodebookGradientPlan wish = {sets, 0, 0, 0, 0, pairs ? code_rows : 0};
+                if (2 * shared_bytes(wish, set, stage) > shared_limit(device)) continue;
+                plan = wish;
+                resident = 2;
+                break;
+            }
+        }
     });
     if (rows == 0 || weight.K == 0 || N == 0) return plan;
 
@@ -223,7 +264,7 @@ CodebookGradientPlan codebook_gradient_plan(const DeviceWeight& weight, Dtype dt
     }
 
     // The fewest stages, one after the other, of the busiest multiprocessor. Adding a tile to bins
-    // takes about as long as sixteen.
+    // takes about as long as eight.
     const int64_t span = dtype == Dtype::kFloat32 ? kSpan<float> : kSpan<__half>;
     const int64_t stages = (N + span - 1) / span;
     const int64_t capacity = resident * attribute(cudaDevAttrMultiProcessorCount, device);
@@ -231,7 +272,7 @@ CodebookGradientPlan codebook_gradient_plan(const DeviceWeight& weight, Dtype dt
     int64_t fewest = 0;
     for (int splits = 1; splits <= std::min<int64_t>(stages, capacity); ++splits) {
         const int64_t rounds = (tiles * splits + capacity - 1) / capacity;
-        const int64_t steps = rounds * ((stages + splits - 1) / splits + 16);
+        const int64_t steps = rounds * ((stages + splits - 1) / splits + 8);
         if (splits == 1 || steps < fewest) {
             fewest = steps;
             plan.splits = splits;
@@ -252,7 +293,7 @@ void codebook_gradient(const CodebookGradientCall& call, const Queue& queue) {
              " reaches element ", reach,
              " of grad_y, expected less than 2^31; use smaller batches");
     with_kernel(call.weight, call.source.dtype, [&](auto kernel, int set, int stage) {
-        const auto shared = static_cast<size_t>(std::max(kBins + plan.sets * set, stage));
+        const auto shared = static_cast<size_t>(shared_bytes(plan, set, stage));
         launch(queue, kernel, dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared, call,
                "codebook_gradient, rows = ", call.rows, ", K = ", call.weight.K, ", N = ", call.N);
     });

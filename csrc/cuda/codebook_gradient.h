@@ -17,6 +17,7 @@ struct CodebookGradientPlan {
     int sets;  // warps of a block that add to bins at a time
     int row_tiles, column_tiles, splits;
     int64_t blocks;  // each takes some of them, and writes partial sums
+    int code_rows;   // pairs: rows of a tile whose codes are in shared memory at a time
 };
 
 // sum over the positions (m, k) with code c, m in [first, first + rows), of

@@ -1,17 +1,18 @@
 // Nearest centroid, sum and count of float32 points, in one pass over them. As on the CPU a code is
 // the number of boundaries below the point, so that a tie goes down and NaN to code 0; a boundary
 // is the midpoint of two neighbours among the sorted centroids, rounded down. Three kernels: one
-// block sorts the centroids, all multiprocessors read the points, and a few blocks add their sums,
-// in a fixed order.
+// block sorts the centroids and fills the tables, all multiprocessors read the points, and a few
+// blocks add their sums, in a fixed order.
 //
 // Budget of the pass. A point moves 5 bytes. A multiprocessor of an H100 moves 13 bytes a cycle at
 // copy speed, so 32 points may take 12.4 cycles: 49 instructions over its four schedulers. They
-// take 25 (disassembled for sm_90), and 12 to 14 turns at shared memory: two gathers with bank
+// take 26 (disassembled for sm_90), and 12 to 14 turns at shared memory: two gathers with bank
 // conflicts (3.5 turns each), the sums (2), the counts (2 to 4) and the points themselves (1.3).
 #include "kmeans_assign.h"
 
 #include <algorithm>
 
+#include "instructions.cuh"
 #include "kmeans_assign.cuh"
 
 namespace placekern::cuda {
@@ -23,6 +24,7 @@ constexpr int kLoads = 4;                // 16-byte loads of a lane in a tile
 constexpr int kLanePoints = 4 * kLoads;  // points of a lane in a tile
 constexpr int kTile = kWarp * kLanePoints;
 constexpr int kWarpTiles = 4;   // tiles that are worth a warp with its tables
+constexpr int kPrefetch = 2;    // tiles of a warp on their way to the L2 cache
 constexpr int kMostWarps = 16;  // of a block; a thread then has 128 registers
 constexpr int kBuckets = 8192;  // a power of two
 
@@ -49,68 +51,121 @@ struct Plan {
 
 // What the kernels hand on to each other, one after the other in the workspace.
 struct Workspace {
+    uint4* made;            // the first bytes of shared memory, up to the counts
     double* warp_sums;      // [blocks * warps][count]
     int64_t* block_counts;  // [blocks][count]
-    float* boundaries;      // [kMaxCodes], infinity behind the last
-    uint8_t* order;         // [kMaxCodes], the centroid of each code
 
     Workspace(void* start, const Plan& plan)
-        : warp_sums(static_cast<double*>(start)),
-          block_counts(reinterpret_cast<int64_t*>(warp_sums + static_cast<int64_t>(plan.blocks) *
-                                                                  plan.warps * plan.shared.count)),
-          boundaries(reinterpret_cast<float*>(block_counts + static_cast<int64_t>(plan.blocks) *
-                                                                 plan.shared.count)),
-          order(reinterpret_cast<uint8_t*>(boundaries + kMaxCodes)) {}
+        : made(static_cast<uint4*>(start)),
+          warp_sums(reinterpret_cast<double*>(made + plan.shared.counts() / sizeof(uint4))),
+          block_counts(reinterpret_cast<int64_t*>(
+              warp_sums + static_cast<int64_t>(plan.blocks) * plan.warps * plan.shared.count)) {}
 
     static size_t bytes(const Plan& plan) {
-        return sizeof(double) * plan.shared.count * plan.blocks * (plan.warps + 1) +
-               (sizeof(float) + sizeof(uint8_t)) * kMaxCodes;
+        return plan.shared.counts() +
+               sizeof(double) * plan.shared.count * plan.blocks * (plan.warps + 1);
+    }
+
+    __device__ int order(int code) const {
+        return reinterpret_cast<const uint8_t*>(made)[Shared::order() + code];
     }
 };
 
 // ---- the centroids ----
 
+constexpr int kSortLanes = 4;  // that share a centroid
+constexpr int kSortThreads = kSortLanes * kMaxCodes;
+
 struct Sort {
-    int count;
+    Shared shared;
     const float* centroids;
-    float* boundaries;
-    uint8_t* order;
+    uint4* made;
 };
 
-// NaN comes last, as torch sorts.
-__device__ bool below(float a, float b) { return a < b || (b != b && a == a); }
+// Whole numbers in the order of the floats; as torch sorts, zeros are equal and NaN comes last.
+__device__ uint32_t sort_key(float x) {
+    const uint32_t bits = __float_as_uint(x + 0.0f);  // 0.0 from -0.0
+    return x != x ? ~0u : bits ^ (bits >> 31 != 0 ? ~0u : 1u << 31);
+}
 
-// One block of kMaxCodes threads, a centroid each.
-__global__ void sort_kernel(const Sort sort) {
-    float* given = &shared_at<float>(0);
-    float* sorted = given + kMaxCodes;
-    const int c = threadIdx.x;
-    const float mine = c < sort.count ? sort.centroids[c] : 0.0f;
-    given[c] = mine;
+// Halfway between two neighbours, rounded down.
+__device__ float boundary_between(float low, float high) {
+    const double exact = (static_cast<double>(low) + high) / 2;
+    float boundary = static_cast<float>(exact);
+    if (boundary > exact) boundary = nextafterf(boundary, -INFINITY);
+    return boundary != boundary ? INFINITY : boundary;  // no point is above either
+}
+
+// One block of kSortThreads threads sorts the centroids and fills the tables, for all blocks of the
+// next kernel. Behind the tables are its notes: a key of each centroid, later the bucket of each
+// boundary; and the sorted centroids.
+__global__ void __launch_bounds__(kSortThreads) sort_kernel(const Sort sort) {
+    const int count = sort.shared.count, buckets = sort.shared.buckets;
+    uint32_t* const keys = &shared_at<uint32_t>(sort.shared.counts());
+    float* const sorted = reinterpret_cast<float*>(keys + kMaxCodes);
+    float* const boundaries = &shared_at<float>(0);
+    const int thread = threadIdx.x, lane = threadIdx.x % kWarp;
+
+    const int c = thread / kSortLanes;
+    const float mine = c < count ? sort.centroids[c] : 0.0f;
+    const uint32_t key = c < count ? sort_key(mine) : ~0u;
+    if (thread % kSortLanes == 0) keys[c] = key;
     __syncthreads();
-    if (c < sort.count) {
-        int code = 0;
-        for (int i = 0; i < sort.count; ++i)
-            code += below(given[i], mine) || (i < c && !below(mine, given[i])) ? 1 : 0;
+    int code = 0;
+#pragma unroll 4
+    for (int i = thread % kSortLanes * 4; i < kMaxCodes; i += kSortLanes * 4) {
+        const uint4 other = *reinterpret_cast<const uint4*>(keys + i);
+        code += other.x < key || (other.x == key && i < c) ? 1 : 0;
+        code += other.y < key || (other.y == key && i + 1 < c) ? 1 : 0;
+        code += other.z < key || (other.z == key && i + 2 < c) ? 1 : 0;
+        code += other.w < key || (other.w == key && i + 3 < c) ? 1 : 0;
+    }
+#pragma unroll
+    for (int step = kSortLanes / 2; step > 0; step /= 2)
+        code += __shfl_xor_sync(kFullWarp, code, step);
+    if (thread % kSortLanes == 0) {  // behind the centroids are codes of none, in their order
         sorted[code] = mine;
-        sort.order[code] = static_cast<uint8_t>(c);
+        shared_at<uint8_t>(Shared::order() + code) = static_cast<uint8_t>(c);
     }
     __syncthreads();
-    float boundary = INFINITY;
-    if (c < sort.count - 1) {
-        const double exact = (static_cast<double>(sorted[c]) + sorted[c + 1]) / 2;
-        boundary = static_cast<float>(exact);
-        if (boundary > exact) boundary = nextafterf(boundary, -INFINITY);
-        if (boundary != boundary) boundary = INFINITY;  // no point is above either
+    if (thread < kMaxCodes) {
+        const bool real = thread < count - 1;
+        boundaries[thread] = real ? boundary_between(sorted[thread], sorted[thread + 1]) : INFINITY;
+        boundaries[kMaxCodes + thread] = boundaries[thread];
     }
-    sort.boundaries[c] = boundary;
+    __syncthreads();
+    const Map map = Map::of(count, buckets);
+    uint32_t* const bucket_of = keys;
+    if (thread < kMaxCodes) bucket_of[thread] = map.bucket(boundaries[thread]);
+    if (thread < kWarp) {
+        bool moved = false;
+        for (int i = lane; i < kMaxCodes; i += kWarp)
+            moved |= shared_at<uint8_t>(Shared::order() + i) != i;
+        moved = __any_sync(kFullWarp, moved);
+        const float largest =
+            count < 2 ? 0.0f : fmaxf(fabsf(boundaries[0]), fabsf(boundaries[count - 2]));
+        if (lane == 0) shared_at<Facts>(Shared::facts()) = {map.scale, map.offset, largest, moved};
+    }
+    __syncthreads();
+    uint16_t* const table = &shared_at<uint16_t>(Shared::table());
+    for (int i = thread / kWarp; i < count; i += kSortThreads / kWarp) {
+        // Boundary i is the first not yet passed in the buckets behind boundary i - 1's.
+        const int first = i == 0 ? 0 : bucket_of[i - 1] + 1;
+        const int last = i < count - 1 ? bucket_of[i] : buckets - 1;
+        const bool many = i < count - 2 && bucket_of[i + 1] == last;
+        for (int bucket = first + lane; bucket <= last; bucket += kWarp)
+            table[bucket] = static_cast<uint16_t>(many && bucket == last ? i + kMany : i);
+    }
+    __syncthreads();
+    for (int i = thread; i < sort.shared.counts() / 16; i += kSortThreads)
+        sort.made[i] = shared_at<uint4>(16 * i);
 }
 
 // ---- the points ----
 
 struct Pass {
     int64_t n;
-    int count, buckets;
+    Shared shared;
     const float* points;
     uint8_t* codes;
     int64_t head;       // points before the first that lies at 16 bytes
@@ -125,6 +180,12 @@ __device__ __forceinline__ void load_tile(const float4* points, int64_t tile,
     const float4* from = points + tile * (kTile / 4) + threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) loads[i] = __ldcs(from + i * kWarp);
+}
+
+// Asks for a tile, if there is such a one, long before it is loaded.
+__device__ __forceinline__ void prefetch_tile(const float4* points, int64_t tile, int64_t tiles) {
+    if (tile < tiles && threadIdx.x % kWarp == 0)
+        prefetch_to_l2(points + tile * (kTile / 4), kTile * sizeof(float));
 }
 
 __device__ __forceinline__ void store_codes(uint8_t* to, const int (&codes)[4], bool wide) {
@@ -145,9 +206,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) assign_kernel(const Pass pa
     const float4* body = reinterpret_cast<const float4*>(pass.points + pass.head);
     float4 next[kLoads];  // on their way while the tables are made, or the tile before is worked on
     if (warp < pass.tiles) load_tile(body, warp, next);
-    const Search search(pass.work.boundaries, pass.work.order, pass.count, pass.buckets);
-    Bins bins(Shared{pass.count, pass.buckets}, search.largest());
-    double* row = pass.work.warp_sums + warp * pass.count;
+    for (int i = 1; i <= kPrefetch; ++i) prefetch_tile(body, warp + i * warps, pass.tiles);
+    const Search search(pass.work.made, pass.shared);
+    Bins bins(pass.shared, search.largest());
+    double* row = pass.work.warp_sums + warp * pass.shared.count;
 
     int until_flush = bins.flush_tiles();
     for (int64_t tile = warp; tile < pass.tiles; tile += warps) {
@@ -161,6 +223,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) assign_kernel(const Pass pa
             x[i][3] = next[i].w;
         }
         if (tile + warps < pass.tiles) load_tile(body, tile + warps, next);
+        prefetch_tile(body, tile + (1 + kPrefetch) * warps, pass.tiles);
         // All gathers before the first store: the compiler cannot know that they do not meet.
         int all = 0;
 #pragma unroll
@@ -198,7 +261,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) assign_kernel(const Pass pa
         pass.codes[at] = static_cast<uint8_t>(search.centroid(code));
     }
     bins.flush(row);
-    bins.write_counts(pass.work.block_counts + static_cast<int64_t>(blockIdx.x) * pass.count);
+    bins.write_counts(pass.work.block_counts +
+                      static_cast<int64_t>(blockIdx.x) * pass.shared.count);
 }
 
 // ---- the sums ----
@@ -237,8 +301,8 @@ __global__ void add_rows_kernel(const Rows rows) {
     const double sum = add_rows(rows.work.warp_sums, rows.warps, rows.count, code, sums);
     const int64_t count = add_rows(rows.work.block_counts, rows.blocks, rows.count, code, counts);
     if (threadIdx.x < kRowCodes && code < rows.count) {
-        rows.sums[rows.work.order[code]] = sum;
-        rows.counts[rows.work.order[code]] = count;
+        rows.sums[rows.work.order(code)] = sum;
+        rows.counts[rows.work.order(code)] = count;
     }
 }
 
@@ -252,17 +316,18 @@ void kmeans_assign(const KmeansAssignCall& call, const Queue& queue) {
     const Plan plan(call.n, call.count, queue.device);
     const Workspace work(call.workspace, plan);
     const int64_t warps = static_cast<int64_t>(plan.blocks) * plan.warps;
-    const Sort sort{call.count, call.centroids, work.boundaries, work.order};
-    launch(queue, sort_kernel, dim3(1), kMaxCodes, 2 * kMaxCodes * sizeof(float), sort,
-           "kmeans_assign: sorting ", call.count, " centroids");
+    const Sort sort{plan.shared, call.centroids, work.made};
+    launch(queue, sort_kernel, dim3(1), kSortThreads,
+           plan.shared.counts() + 2 * kMaxCodes * sizeof(float), sort, "kmeans_assign: sorting ",
+           call.count, " centroids");
     if (call.n > 0) {
         const int64_t past = reinterpret_cast<uintptr_t>(call.points) % sizeof(float4);
         const int64_t head =
             std::min<int64_t>(call.n, past ? (sizeof(float4) - past) / sizeof(float) : 0);
         const int64_t tiles = (call.n - head) / kTile;
         const bool wide = reinterpret_cast<uintptr_t>(call.codes + head) % sizeof(uint32_t) == 0;
-        const Pass pass{call.n, call.count, plan.shared.buckets, call.points, call.codes,
-                        head,   tiles,      tiles % warps,       wide,        work};
+        const Pass pass{call.n, plan.shared,   call.points, call.codes, head,
+                        tiles,  tiles % warps, wide,        work};
         launch(queue, assign_kernel, dim3(plan.blocks), plan.warps * kWarp, plan.shared_bytes(),
                pass, "kmeans_assign: n = ", call.n, ", count = ", call.count);
     }

@@ -17,19 +17,29 @@ namespace placekern::cuda::kmeans {
 constexpr int kMany = kMaxCodes;  // set in a table entry: the bucket holds several boundaries
 constexpr int kCopies = 16;       // of a count: lanes l and l + 16 share one
 
+// What all blocks must know about the boundaries.
+struct __align__(16) Facts {
+    float scale, offset;  // of Map
+    float largest;        // of the outer boundaries, without their signs
+    int moved;            // the centroids are in another order than codes
+};
+
 // Dynamic shared memory, in bytes from its start:
 //   float [2][kMaxCodes]          boundaries, then infinity; twice, so that a table entry finds its
 //                                 boundary with kMany set or not
 //   uint8 [kMaxCodes]             which centroid a code stands for
+//   Facts
 //   uint16 [buckets]              how many boundaries lie in earlier buckets; perhaps with kMany
 //   uint32 [count][kCopies]       counts of the block
 //   float [warps][count][kWarp]   sums of each lane, in a bank of its own: neither atomics nor
 //                                 conflicts
+// What stands before the counts is made once, by one block, and copied by the others.
 struct Shared {
     int count, buckets;
 
     __host__ __device__ static int order() { return 2 * kMaxCodes * sizeof(float); }
-    __host__ __device__ static int table() { return order() + kMaxCodes; }
+    __host__ __device__ static int facts() { return order() + kMaxCodes; }
+    __host__ __device__ static int table() { return facts() + sizeof(Facts); }
     __host__ __device__ int counts() const { return table() + buckets * sizeof(uint16_t); }
     __host__ __device__ int sums() const { return counts() + count * kCopies * sizeof(uint32_t); }
     __host__ __device__ int warp_sums() const { return count * kWarp * sizeof(float); }
@@ -49,23 +59,29 @@ __device__ __forceinline__ int whole(int value) {
 
 // Points to buckets, never falling; NaN goes to bucket 0.
 struct Map {
-    float scale = 0.0f, offset = 0.0f, last;
+    float scale, offset, last;
 
     // A point's place, from 0 to 1, is multiplied by a last bucket so small that its bits are its
     // number: the product is a whole number of the smallest floats, and needs no conversion.
-    __device__ Map(int count, int buckets) {
-        last = __int_as_float(buckets - 1);
-        if (count < 3) return;  // one bucket for all
+    __device__ Map(float scale, float offset, int buckets)
+        : scale(scale), offset(offset), last(__int_as_float(buckets - 1)) {}
+
+    // By the boundaries in shared memory.
+    __device__ static Map of(int count, int buckets) {
+        const Map one_bucket(0.0f, 0.0f, buckets);
+        if (count < 3) return one_bucket;
         const float low = fmaxf(shared_at<float>(0), -FLT_MAX);
         const float high = fminf(shared_at<float>((count - 2) * sizeof(float)), FLT_MAX);
-        if (!(low < high)) return;
-        scale = fminf(0.5f / (0.5f * high - 0.5f * low), FLT_MAX);  // high - low may overflow
-        offset = fmaxf(fminf(-low * scale, FLT_MAX), -FLT_MAX);
+        if (!(low < high)) return one_bucket;
+        const float scale = fminf(0.5f / (0.5f * high - 0.5f * low), FLT_MAX);  // may overflow
+        return {scale, fmaxf(fminf(-low * scale, FLT_MAX), -FLT_MAX), buckets};
     }
 
     __device__ __forceinline__ int bucket(float x) const {
         const float place = fminf(fmaxf(fmaf(x, scale, offset), 0.0f), 1.0f);  // one FFMA.SAT
-        return __float_as_int(place * last);
+        // Of -0.0 and a number, the larger may be -0.0, whose bits are no bucket; adding 0.0 makes
+        // it 0.0.
+        return __float_as_int(fmaf(place, last, 0.0f));
     }
 };
 
@@ -90,23 +106,27 @@ __device__ __noinline__ inline int search_bucket(float x, int bucket, int bucket
 
 class Search {
   public:
-    // Fills the tables of a block from boundaries [kMaxCodes] and order [kMaxCodes].
-    __device__ Search(const float* boundaries, const uint8_t* order, int count, int buckets)
-        : count_(count),
-          buckets_(buckets),
-          moved_(copy(boundaries, order, count)),
-          map_(count, buckets) {
-        const int lane = threadIdx.x % kWarp;
-        uint16_t* table = &shared_at<uint16_t>(Shared::table());
-        for (int i = threadIdx.x / kWarp; i < count; i += blockDim.x / kWarp) {
-            // Boundary i is the first not yet passed in the buckets behind boundary i - 1's.
-            const int first = i == 0 ? 0 : map_.bucket(boundary(i - 1)) + 1;
-            const int last = i < count - 1 ? map_.bucket(boundary(i)) : buckets - 1;
-            const bool many = i < count - 2 && map_.bucket(boundary(i + 1)) == last;
-            for (int bucket = first + lane; bucket <= last; bucket += kWarp)
-                table[bucket] = static_cast<uint16_t>(many && bucket == last ? i + kMany : i);
+    // Copies what the sorting block made. The caller synchronises.
+    __device__ Search(const uint4* made, const Shared& shared)
+        : count_(shared.count),
+          buckets_(shared.buckets),
+          facts_(reinterpret_cast<const Facts*>(made)[Shared::facts() / sizeof(Facts)]),
+          map_(facts_.scale, facts_.offset, shared.buckets) {
+        constexpr int kHeld = 8;  // on their way at once: all, in a block of 192 threads
+        const int vectors = shared.counts() / static_cast<int>(sizeof(uint4));
+        for (int first = threadIdx.x; first < vectors; first += kHeld * blockDim.x) {
+            uint4 held[kHeld];
+#pragma unroll
+            for (int i = 0; i < kHeld; ++i) {
+                const int at = first + i * static_cast<int>(blockDim.x);
+                if (at < vectors) held[i] = made[at];
+            }
+#pragma unroll
+            for (int i = 0; i < kHeld; ++i) {
+                const int at = first + i * static_cast<int>(blockDim.x);
+                if (at < vectors) shared_at<uint4>(at * sizeof(uint4)) = held[i];
+            }
         }
-        __syncthreads();
     }
 
     // The code of a point, or a number with kMany set when its bucket holds several boundaries.
@@ -120,46 +140,33 @@ class Search {
     }
 
     // Whether the centroids are in another order than codes; the same in all threads.
-    __device__ bool moved() const { return moved_; }
+    __device__ bool moved() const { return facts_.moved != 0; }
     __device__ __forceinline__ int centroid(int code) const {
         return shared_at<uint8_t>(Shared::order() + code);
     }
 
-    // The larger of the outer boundaries, without their signs.
-    __device__ float largest() const {
-        return count_ < 2 ? 0.0f : fmaxf(fabsf(boundary(0)), fabsf(boundary(count_ - 2)));
-    }
+    __device__ float largest() const { return facts_.largest; }
 
   private:
     __device__ __forceinline__ static float boundary(int i) { return (&shared_at<float>(0))[i]; }
 
-    __device__ static bool copy(const float* boundaries, const uint8_t* order, int count) {
-        for (int i = threadIdx.x; i < 2 * kMaxCodes; i += blockDim.x)
-            (&shared_at<float>(0))[i] = boundaries[i % kMaxCodes];
-        bool moved = false;
-        for (int c = threadIdx.x % kWarp; c < count; c += kWarp) moved = moved || order[c] != c;
-        for (int c = threadIdx.x; c < count; c += blockDim.x)
-            shared_at<uint8_t>(Shared::order() + c) = order[c];
-        __syncthreads();
-        return __any_sync(kFullWarp, moved);
-    }
-
     int count_, buckets_;
-    bool moved_;
+    Facts facts_;
     Map map_;
 };
 
 // Sums and counts of the points of a warp. The float32 sums move to float64 every `flush_tiles()`
-// tiles of 16 points a lane, so that none is of more than 4,096 points. When these are all equal,
-// the worst case, they are added in fours, and one part in 50,000 is lost. A flush reads `count`
-// sums a lane: at most a sixteenth of a read per point.
+// tiles of 16 points a lane, so that none is of more than 4,096 points; two lanes' sums are still
+// added in float32. When all points are equal, the worst case, they are added in fours, and one
+// part in 50,000 is lost. A flush reads `count` sums a lane: at most a sixteenth of a read per
+// point.
 class Bins {
   public:
-    // `largest`: a size that points have.
+    // `largest`: a size that points have. Waits for the block, and for all it wrote before.
     __device__ Bins(const Shared& shared, float largest)
         : count_(shared.count),
-          // Room for 4,096 of the largest floats; else every bit down to the smallest.
-          unit_(largest >= 0x1p64f ? 0x1p-13f : 1.0f),
+          // Room for twice 4,096 of the largest floats; else every bit down to the smallest.
+          unit_(largest >= 0x1p64f ? 0x1p-14f : 1.0f),
           flushed_(false) {
         const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
         sums_ = &shared_at<float>(
@@ -204,14 +211,20 @@ class Bins {
         float* sums = sums_ - lane;
         __syncwarp();
         for (int c = lane; c < count_; c += kWarp) {
+            constexpr int kHeld = 8;  // read before they are cleared: one wait for them all
             double total = 0.0;
-#pragma unroll 4
-            for (int i = 0; i < kWarp; ++i) {  // 32 lanes in 32 banks
-                float& sum = sums[c * kWarp + (i + lane) % kWarp];
-                total += sum;
-                sum = 0.0f;
+#pragma unroll 1
+            for (int first = lane; first < kWarp + lane; first += kHeld) {
+                float held[kHeld];
+#pragma unroll
+                for (int i = 0; i < kHeld; ++i)  // 32 lanes in 32 banks
+                    held[i] = sums[c * kWarp + (first + i) % kWarp];
+#pragma unroll
+                for (int i = 0; i < kHeld; ++i) sums[c * kWarp + (first + i) % kWarp] = 0.0f;
+#pragma unroll
+                for (int i = 0; i < kHeld; i += 2) total += held[i] + held[i + 1];
             }
-            total *= unit_ < 1.0f ? 0x1p13 : 1.0;
+            total *= unit_ < 1.0f ? 0x1p14 : 1.0;
             row[c] = flushed_ ? row[c] + total : total;
         }
         flushed_ = true;

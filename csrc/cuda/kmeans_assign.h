@@ -18,7 +18,7 @@ struct KmeansAssignCall {
     uint8_t* codes;   // [n]: of two centroids equally near, the smaller; of equals, the first
     double* sums;     // [count]
     int64_t* counts;  // [count]
-    void* workspace;  // kmeans_assign_workspace bytes, on 8 bytes
+    void* workspace;  // kmeans_assign_workspace bytes, on 16 bytes
 };
 
 size_t kmeans_assign_workspace(int64_t n, int count, int device);

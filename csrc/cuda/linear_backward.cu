@@ -7,7 +7,8 @@
 //
 // What limits it: shared memory. A unit of 1,024 positions takes 32 wavefronts of lookups and 64 of
 // bins; tensor cores and instructions need about as long at 32 rows of x. With 8 bits the bins of
-// few warps fit, so loads are issued two units ahead.
+// few warps fit, so loads are issued ahead of their use. Bins are dear to fill and to add up: in
+// the pairs layout a block keeps them while it goes from window to window.
 #include "linear_backward.cuh"
 
 #include <algorithm>
@@ -61,13 +62,14 @@ __global__ void __launch_bounds__(kMaxWarps<kWidth>* kWarp, kBlocksPerMultiproce
     using Table = RoundedTable<kWidth, T>;
     constexpr int kColumns = 16 * kSteps;
     const DeviceWeight& weight = call.weight;
-    auto [lane, warp, n0, grad_y, rows] = Part<kSteps>::of(call);
-    const int64_t strip = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
+    const auto [lane, warp] = Place::of();
+    auto rows = Part<kSteps>::of(call);
+    const int64_t n0 = rows.n0;
+    const int64_t strip = int64_t{rows.strip} * (blockDim.x / kWarp) + warp;
     if (strip >= weight.units()) rows.end = rows.first;  // has no columns, waits at the barriers
 
-    GradYWalk<kSteps> grad_y_walk(grad_y, rows.first * kUnitRows, weight.M, lane);
     GradY<kSteps> next_grad_y = {};
-    if (rows.first < rows.end) next_grad_y = grad_y_walk.next();
+    if (rows.first < rows.end) next_grad_y = GradY<kSteps>::load(rows.grad_y, rows.first, lane);
     Walk<kWidth> walk(weight, rows.first, strip, lane);
     Ahead<kWidth> ahead[2] = {};
 #pragma unroll
@@ -82,14 +84,15 @@ __global__ void __launch_bounds__(kMaxWarps<kWidth>* kWarp, kBlocksPerMultiproce
     const uint32_t escape = to_bits(read(weight.codebook, zero), T());
     Table::fill(weight, zero);
     const auto bins = Bins::of(placekern_shared + Table::kBytes + warp * Bins::kBytes, lane);
-    sums.begin(call, n0, lane, column_of, bins);
+    sums.load_x(call, n0, lane, column_of);
+    if constexpr ((kWanted & kGradCodebook) != 0) bins.clear();
     __syncthreads();
 
     const auto warp_bins = Bins::of(placekern_shared + Table::kBytes + warp * Bins::kBytes, 0);
     float of_escapes = 0.0f;  // of row n0 + lane of x
     for (int64_t block = rows.first; block < rows.end; ++block) {
         const GradY<kSteps> now_grad_y = next_grad_y;
-        next_grad_y = grad_y_walk.next();
+        if (block + 1 < rows.end) next_grad_y = GradY<kSteps>::load(rows.grad_y, block + 1, lane);
         const Ahead<kWidth> now = ahead[0];
         ahead[0] = ahead[1];
         if (block + 2 < rows.end) ahead[1] = walk.next();
@@ -108,7 +111,7 @@ __global__ void __launch_bounds__(kMaxWarps<kWidth>* kWarp, kBlocksPerMultiproce
             for (int j = 0; j < kUnitCodes; ++j) element[j] = j == own ? escape : element[j];
             if ((kWanted & kGradCodebook) != 0 && lane < kColumns && n0 + lane < call.N) {
                 const T dy =
-                    reinterpret_cast<const T*>(grad_y)[(block * kUnitRows + row) * kColumns + lane];
+                    reinterpret_cast<const T*>(rows.grad_y)[GradY<kSteps>::place(block, row, lane)];
                 const T x = static_cast<const T*>(
                     call.x)[(n0 + lane) * call.x_stride + strip * kUnitColumns + column];
                 of_escapes += to_float(dy) * to_float(x);
@@ -120,7 +123,7 @@ __global__ void __launch_bounds__(kMaxWarps<kWidth>* kWarp, kBlocksPerMultiproce
             pair[i] = __byte_perm(element[2 * i], element[2 * i + 1], 0x5410);
         sums.add(now_grad_y, pair, offset, warp_bins);
     }
-    if constexpr ((kWanted & kGradX) != 0) sums.write_grad_x(call, n0, lane, column_of);
+    sums.write_grad_x(call, rows.split, n0, lane, column_of);
     if constexpr ((kWanted & kGradCodebook) != 0) {
         bins.add_spare(of_escapes);
         __syncthreads();
@@ -152,24 +155,34 @@ __global__ void __launch_bounds__(4 * kWarp, kBlocksPerMultiprocessor<kWidth>)
     using Bins = CodeBins<kWidth>;
     using Tiles = PairsTiles<kWidth, T>;
     const DeviceWeight& weight = call.weight;
-    const auto [lane, warp, n0, grad_y, rows] = Part<kSteps>::of(call);
+    const auto [lane, warp] = Place::of();
     const int warps = static_cast<int>(blockDim.x) / kWarp;
-    const int parts = kWindowSlots / kUnitColumns / warps;
-    const int window = static_cast<int>(blockIdx.x) / parts;
-    const int unit = blockIdx.x % parts * warps + warp;
+    const int unit = static_cast<int>(blockIdx.y) * warps + warp;
+    const Runs runs(weight, call.plan);
+    const int first = static_cast<int>(blockIdx.x) * runs.steps;
+    const int end = min(first + runs.steps, runs.windows * call.plan.chunks * runs.blocks);
 
-    // A row has 2 * warps lanes. Its chunks are found one block of rows before they are read, and
-    // read one before they are scattered.
+    // A row has 2 * warps lanes. Its chunks are found one step before they are read, and read one
+    // before they are scattered; steps of the next run follow those of the last.
     const int row_lanes = 2 * warps;
     const int row = static_cast<int>(threadIdx.x) / row_lanes;
     const auto* const chunks = reinterpret_cast<const uint4*>(weight.codes);
-    const int64_t rows_end = min(rows.end * kUnitRows, weight.M);
-    int64_t m = rows.first * kUnitRows + row;
-    RunFinder finder(weight, static_cast<int>(weight.windows()), window, row_lanes);
+    RunFinder finder(weight, static_cast<int>(weight.windows()), row_lanes);
     Run run;
-    finder.start(m, rows_end);
+    int left = end - first;  // steps whose rows are not yet looked for
+    int find_block = first % runs.blocks;
+    int window = first / runs.blocks % runs.windows;
+    const auto find_next = [&] {
+        finder.start(int64_t{find_block} * kUnitRows + row, left > 0 ? weight.M : 0, window);
+        --left;
+        if (++find_block == runs.blocks) {
+            find_block = 0;
+            if (++window == runs.windows) window = 0;
+        }
+    };
+    find_next();
     run.load(finder, chunks, row_lanes);
-    finder.start(m += kUnitRows, rows_end);
+    find_next();
     const auto scatter = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < Run::kHeld; ++i) {
@@ -178,39 +191,46 @@ __global__ void __launch_bounds__(4 * kWarp, kBlocksPerMultiprocessor<kWidth>)
         for (int c = run.next + Run::kHeld * row_lanes; c < run.end; c += row_lanes)
             Tiles::scatter(tile, row, __ldg(chunks + c));
         run.load(finder, chunks, row_lanes);
-        finder.start(m += kUnitRows, rows_end);
+        find_next();
     };
 
-    const auto column_of = [&](int slot) {
-        const int64_t place = unit * kUnitColumns + slot;
-        const int64_t column = int64_t{window} * kPairsWindow + place;
-        return place < kPairsWindow && column < weight.K ? column : int64_t{-1};
-    };
-    Strip<kSteps, kWanted, T> sums;
-    GradYWalk<kSteps> walk(grad_y, rows.first * kUnitRows, weight.M, lane);
-    GradY<kSteps> next = walk.next();
     Tiles::fill(weight);
     const auto bins = Bins::of(placekern_shared + Tiles::kBytes + warp * Bins::kBytes, lane);
-    sums.begin(call, n0, lane, column_of, bins);
+    if constexpr ((kWanted & kGradCodebook) != 0) bins.clear();
     __syncthreads();
     scatter(0);
-    for (int64_t block = rows.first; block < rows.end; ++block) {
-        const int tile = (block - rows.first) % 2;
-        __syncthreads();  // this tile is full, the other one empty
-        uint32_t word[kUnitCodes];
-        Tiles::take(tile, unit, lane, word);
-        scatter(1 - tile);
-        const GradY<kSteps> now = next;
-        next = walk.next();
-        uint32_t pair[16];
-        int offset[kUnitCodes];
+    int tile = 0;
+    for (int step = first; step < end;) {
+        const int own_run = step / runs.blocks;
+        const int64_t column0 = int64_t{own_run % runs.windows} * kPairsWindow;
+        const int64_t n0 = int64_t{own_run / runs.windows} * (16 * kSteps);
+        const auto column_of = [&](int slot) {
+            const int place = unit * kUnitColumns + slot;
+            const int64_t column = column0 + place;
+            return place < kPairsWindow && column < weight.K ? column : int64_t{-1};
+        };
+        const uint16_t* const grad_y = chunk_of_grad_y(call, n0);
+        Strip<kSteps, kWanted, T> sums;
+        sums.load_x(call, n0, lane, column_of);
+        for (const int run_end = min((own_run + 1) * runs.blocks, end); step < run_end; ++step) {
+            const auto now = GradY<kSteps>::load(grad_y, step - own_run * runs.blocks, lane);
+            __syncthreads();  // this tile is full, the other one empty
+            uint32_t word[kUnitCodes];
+            Tiles::take(tile, unit, lane, word);
+            tile = 1 - tile;
+            scatter(tile);
+            uint32_t pair[16];
+            int offset[kUnitCodes];
 #pragma unroll
-        for (int i = 0; i < 16; ++i) pair[i] = __byte_perm(word[2 * i], word[2 * i + 1], 0x5410);
+            for (int i = 0; i < 16; ++i)
+                pair[i] = __byte_perm(word[2 * i], word[2 * i + 1], 0x5410);
 #pragma unroll
-        for (int j = 0; j < kUnitCodes; ++j) offset[j] = static_cast<int>(word[j] >> 16);
-        sums.add(now, pair, offset, bins);
+            for (int j = 0; j < kUnitCodes; ++j) offset[j] = static_cast<int>(word[j] >> 16);
+            sums.add(now, pair, offset, bins);
+        }
+        const int segment = static_cast<int>(blockIdx.x) - runs.first_block(own_run);
+        sums.write_grad_x(call, segment, n0, lane, column_of);
     }
-    if constexpr ((kWanted & kGradX) != 0) sums.write_grad_x(call, n0, lane, column_of);
     if constexpr ((kWanted & kGradCodebook) != 0) {
         __syncthreads();
         write_codebook<kWidth>(call, placekern_shared + Tiles::kBytes, -1);
@@ -252,10 +272,21 @@ void with_kernel(const DeviceWeight& weight, Dtype dtype, int columns, int wante
     dtype == Dtype::kFloat16 ? choose(__half()) : choose(__nv_bfloat16());
 }
 
-// Blocks side by side, that share the columns of W.
-int64_t strips(const DeviceWeight& weight, int warps) {
-    if (weight.layout == Layout::kDense) return (weight.units() + warps - 1) / warps;
-    return weight.windows() * (kWindowSlots / kUnitColumns / warps);
+// Splits of the rows in the dense layout: with the fewest steps of 16 rows, one after the other, on
+// the busiest multiprocessor; what a block does once (clearing, writing) takes about as long as
+// six.
+int splits(int64_t blocks, int64_t runs, int64_t capacity) {
+    int best = 1;
+    int64_t fewest = 0;
+    for (int splits = 1; splits <= std::min(blocks, 2 * capacity); ++splits) {
+        const int64_t rounds = (runs * splits + capacity - 1) / capacity;
+        const int64_t steps = rounds * ((blocks + splits - 1) / splits + 6);
+        if (splits == 1 || steps < fewest) {
+            fewest = steps;
+            best = splits;
+        }
+    }
+    return best;
 }
 
 }  // namespace
@@ -286,21 +317,25 @@ LinearBackwardPlan linear_backward_plan(const DeviceWeight& weight, Dtype dtype,
     }
     if (plan.warps == 0 || N == 0 || weight.M == 0 || weight.K == 0) return plan;
 
-    // The fewest steps of 16 rows, one after the other, on the busiest multiprocessor; what a block
-    // does once (clearing, writing) takes about as long as six.
     const int64_t capacity = int64_t{resident} * attribute(cudaDevAttrMultiProcessorCount, device);
-    const int64_t across = strips(weight, plan.warps) * plan.chunks;
-    const int64_t most_splits = std::min(weight.blocks(), 2 * capacity);
-    int64_t fewest = 0;
-    for (int64_t splits = 1; splits <= most_splits; ++splits) {
-        const int64_t rounds = (across * splits + capacity - 1) / capacity;
-        const int64_t steps = rounds * ((weight.blocks() + splits - 1) / splits + 6);
-        if (splits == 1 || steps < fewest) {
-            fewest = steps;
-            plan.splits = static_cast<int>(splits);
+    const int64_t side = across(weight, plan.warps);
+    if (dense) {
+        plan.splits = splits(weight.blocks(), side * plan.chunks, capacity);
+        plan.blocks = static_cast<int>(side * plan.chunks * plan.splits);
+    } else {
+        const int64_t runs = weight.windows() * plan.chunks, steps = runs * weight.blocks();
+        const int64_t share = std::max<int64_t>(capacity / side, 1);  // blocks of a part
+        if (steps + share > INT32_MAX) {
+            plan.warps = 0;
+            return plan;
         }
+        plan.steps = static_cast<int>((steps + share - 1) / share);
+        plan.blocks = static_cast<int>(side * ((steps + plan.steps - 1) / plan.steps));
+        for (int run = 0; run < runs; ++run)
+            plan.splits = std::max(plan.splits, Runs(weight, plan).segments(run));
     }
-    plan.partials = grad_codebook ? across * plan.splits : 0;
+    if (grad_codebook) plan.workspace += (sizeof(double) * plan.blocks) << weight.bits;
+    if (grad_x) plan.workspace += sizeof(float) * plan.splits * N * weight.K;
     return plan;
 }
 
@@ -309,16 +344,21 @@ void linear_backward(const LinearBackwardCall& call, const Queue& queue) {
     const int wanted = (call.grad_x ? kGradX : 0) | (call.grad_codebook ? kGradCodebook : 0);
     PK_CHECK(plan.warps > 0,
              "linear_backward: no block fits into shared memory; use codebook_gradient");
-    if (wanted == 0 || plan.splits == 0) return;
-    with_kernel(call.weight, call.dtype, plan.columns, wanted, plan.warps,
-                [&](auto kernel, size_t shared, int) {
-                    const dim3 grid(static_cast<unsigned>(strips(call.weight, plan.warps)),
-                                    static_cast<unsigned>(plan.splits),
-                                    static_cast<unsigned>(plan.chunks));
-                    launch(queue, kernel, grid, plan.warps * kWarp, shared, call,
-                           "linear_backward, M = ", call.weight.M, ", K = ", call.weight.K,
-                           ", N = ", call.N);
-                });
+    if (wanted == 0) return;
+    if (plan.splits > 0) {
+        const auto side = static_cast<unsigned>(across(call.weight, plan.warps));
+        const dim3 grid =
+            call.weight.layout == Layout::kDense
+                ? dim3(side, static_cast<unsigned>(plan.splits), static_cast<unsigned>(plan.chunks))
+                : dim3(static_cast<unsigned>(plan.blocks) / side, side);
+        with_kernel(call.weight, call.dtype, plan.columns, wanted, plan.warps,
+                    [&](auto kernel, size_t shared, int) {
+                        launch(queue, kernel, grid, plan.warps * kWarp, shared, call,
+                               "linear_backward, M = ", call.weight.M, ", K = ", call.weight.K,
+                               ", N = ", call.N);
+                    });
+    }
+    finish_linear_backward(call, queue);
 }
 
 }  // namespace placekern::cuda

@@ -1,8 +1,8 @@
 // What a warp of the linear backward keeps in registers, and the tile that pairs are written into.
 // The surprise: nothing of a product is ever exchanged between lanes. Slots 2q, 2q + 1 of product j
 // stand for columns 16q + 2j, 16q + 2j + 1, which are the lane's own; W becomes an operand by
-// transposing words in registers. Rows of x are permuted likewise, so that a lane reads grad_y by
-// one vector a row.
+// transposing words in registers. Rows of x are permuted likewise, and grad_y comes in the order in
+// which lanes hold it.
 #pragma once
 
 #include "bins.cuh"
@@ -16,82 +16,105 @@ constexpr int kGradX = 1;  // what is wanted, as bits
 constexpr int kGradCodebook = 2;
 constexpr int kProducts = kUnitColumns / 8;  // 16 x 8 products across a strip
 
-// The blocks of 16 rows that a split has.
-struct RowBlocks {
-    int64_t first, end;
+// Partial sums, one after the other in the workspace.
+struct Partials {
+    double* codebook;  // [plan.blocks, 2^bits]
+    float* x;          // [plan.splits, N, K]; what nobody writes, nobody reads
 
-    __device__ static RowBlocks of(const LinearBackwardCall& call) {
-        const int64_t blocks = call.weight.blocks();
-        const int64_t size = (blocks + call.plan.splits - 1) / call.plan.splits;
-        const int64_t first = size * blockIdx.y;
-        return {first, min(first + size, blocks)};
+    PK_HOST_DEVICE static Partials of(const LinearBackwardCall& call) {
+        auto* const codebook = static_cast<double*>(call.workspace);
+        const int64_t sums = int64_t{call.plan.blocks} << call.weight.bits;
+        return {codebook, reinterpret_cast<float*>(codebook + (call.grad_codebook ? sums : 0))};
     }
 };
 
-// Where a thread stands in its block, and the block's part of the work.
+// Blocks side by side. Of the dense layout: strips of columns, one for each warp; of pairs: parts
+// of a window, of 64 slots for each warp.
+PK_HOST_DEVICE inline int across(const DeviceWeight& weight, int warps) {
+    if (weight.layout == Layout::kPairs) return kWindowSlots / kUnitColumns / warps;
+    return static_cast<int>((weight.units() + warps - 1) / warps);
+}
+
+// Where a thread stands in its block.
+struct Place {
+    int lane, warp;
+
+    __device__ static Place of() {
+        return {static_cast<int>(threadIdx.x) % kWarp, static_cast<int>(threadIdx.x) / kWarp};
+    }
+};
+
+__device__ inline const uint16_t* chunk_of_grad_y(const LinearBackwardCall& call, int64_t n0) {
+    return static_cast<const uint16_t*>(call.grad_y) + n0 * call.weight.blocks() * kUnitRows;
+}
+
+// What a block of the dense layout has: a strip of a chunk, and a split of the rows.
 template <int kSteps>
 struct Part {
-    int lane, warp;
+    int strip, split;
     int64_t n0;              // of the 16 kSteps rows of x and grad_y, the first
-    const uint16_t* grad_y;  // [M, 16 kSteps]
-    RowBlocks rows;          // of the weight
+    const uint16_t* grad_y;  // of these rows
+    int64_t first, end;      // blocks of 16 rows of the weight
 
     __device__ static Part of(const LinearBackwardCall& call) {
         const int64_t n0 = static_cast<int64_t>(blockIdx.z) * (16 * kSteps);
-        return {static_cast<int>(threadIdx.x) % kWarp, static_cast<int>(threadIdx.x) / kWarp, n0,
-                static_cast<const uint16_t*>(call.grad_y) + n0 * call.weight.M,
-                RowBlocks::of(call)};
+        const int64_t blocks = call.weight.blocks();
+        const int64_t size = (blocks + call.plan.splits - 1) / call.plan.splits;
+        const int64_t first = size * blockIdx.y;
+        return {static_cast<int>(blockIdx.x),
+                static_cast<int>(blockIdx.y),
+                n0,
+                chunk_of_grad_y(call, n0),
+                first,
+                min(first + size, blocks)};
     }
 };
 
-// 16 rows m of grad_y^T, as operands: lane 4 g + q has rows g and g + 8, and of each 4 * kSteps
-// neighbouring n.
+// How the steps of the pairs layout are shared out. A step is a block of 16 rows of a run, which is
+// a window of a chunk; runs lie one behind the other, and a block takes plan.steps steps in a row.
+// So a run is cut into segments, of neighbouring blocks.
+struct Runs {
+    int windows, blocks;  // blocks: of 16 rows, in a run
+    int steps;            // of a block
+
+    PK_HOST_DEVICE Runs(const DeviceWeight& weight, const LinearBackwardPlan& plan)
+        : windows(static_cast<int>(weight.windows())),
+          blocks(static_cast<int>(weight.blocks())),
+          steps(plan.steps) {}
+
+    // The first block that has steps of a run, and how many have.
+    PK_HOST_DEVICE int first_block(int run) const { return run * blocks / steps; }
+    PK_HOST_DEVICE int segments(int run) const {
+        return ((run + 1) * blocks - 1) / steps - first_block(run) + 1;
+    }
+};
+
+// A block of 16 rows m of grad_y^T, as the left operands of kSteps products. Lane 4 g + q has rows
+// g (words 0, 2) and g + 8 (words 1, 3), and of each 4 kSteps neighbouring n, two a word.
 template <int kSteps>
 struct GradY {
-    static constexpr int kColumns = 16 * kSteps;
-    uint32_t word[2][2 * kSteps];
+    uint32_t word[kSteps][4];
 
-    // Reads [16, kColumns] from `own` on, where the lane's part of row g lies; `left` of the rows
-    // from row g on exist.
-    __device__ __forceinline__ void load(const uint16_t* own, int left) {
+    // grad_y of a chunk is uint16 [blocks][kSteps][32 lanes][4 words][2].
+    __device__ __forceinline__ static GradY load(const uint16_t* grad_y, int64_t block, int lane) {
+        const auto* const own = reinterpret_cast<const uint4*>(grad_y) + block * (kSteps * kWarp);
+        GradY operands;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint16_t* const from = own + 8 * half * kColumns;
-            const bool real = 8 * half < left;
-            if constexpr (kSteps == 2) {
-                const uint4 four =
-                    real ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-                word[half][0] = four.x;
-                word[half][1] = four.y;
-                word[half][2] = four.z;
-                word[half][3] = four.w;
-            } else {
-                const uint2 two =
-                    real ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
-                word[half][0] = two.x;
-                word[half][1] = two.y;
-            }
+        for (int s = 0; s < kSteps; ++s) {
+            const uint4 four = __ldg(own + s * kWarp + lane);
+            operands.word[s][0] = four.x;
+            operands.word[s][1] = four.y;
+            operands.word[s][2] = four.z;
+            operands.word[s][3] = four.w;
         }
+        return operands;
     }
-};
 
-// Reads grad_y [M, kColumns] block by block.
-template <int kSteps>
-struct GradYWalk {
-    static constexpr int kColumns = 16 * kSteps;
-    const uint16_t* own;
-    int left;
-
-    __device__ GradYWalk(const uint16_t* grad_y, int64_t m0, int64_t M, int lane)
-        : own(grad_y + (m0 + lane / 4) * kColumns + lane % 4 * (4 * kSteps)),
-          left(static_cast<int>(M - m0) - lane / 4) {}
-
-    __device__ __forceinline__ GradY<kSteps> next() {
-        GradY<kSteps> grad_y;
-        grad_y.load(own, left);
-        own += kUnitRows * kColumns;
-        left -= kUnitRows;
-        return grad_y;
+    // Where a number lies in a chunk.
+    __device__ static int64_t place(int64_t block, int row, int n) {
+        const int q = n / (4 * kSteps), s = n / 4 % kSteps, h = n / 2 % 2;
+        const int64_t lane = (block * kSteps + s) * kWarp + row % 8 * 4 + q;
+        return lane * 8 + (h * 2 + row / 8) * 2 + n % 2;
     }
 };
 
@@ -99,20 +122,11 @@ struct GradYWalk {
 template <int kSteps, int kWanted, class T>
 class Strip {
   public:
-    // What the walk adds to must be there before it. The caller synchronises.
-    template <int kWidth, class F>
-    __device__ __forceinline__ void begin(const LinearBackwardCall& call, int64_t n0, int lane,
-                                          F column_of, const CodeBins<kWidth>& bins) {
-        if constexpr ((kWanted & kGradCodebook) != 0) {
-            load_x(call, n0, lane, column_of);
-            bins.clear();
-        }
-    }
-
     // Columns of slots come from `column_of`; -1: none.
     template <class F>
     __device__ __forceinline__ void load_x(const LinearBackwardCall& call, int64_t n0, int lane,
                                            F column_of) {
+        if constexpr ((kWanted & kGradCodebook) == 0) return;
 #pragma unroll
         for (int j = 0; j < kProducts; ++j) {
             const int64_t column = column_of(lane / 8 * 16 + 2 * j + lane / 4 % 2);
@@ -138,14 +152,11 @@ class Strip {
     __device__ __forceinline__ void add(const GradY<kSteps>& grad_y, const uint32_t (&pair)[16],
                                         const int (&offset)[kUnitCodes],
                                         const CodeBins<kWidth>& bins) {
-        uint32_t of_g[kSteps][4], of_x[kSteps][4];
+        const auto& of_g = grad_y.word;
+        uint32_t of_x[kSteps][4];
+        if constexpr ((kWanted & kGradX) != 0) {
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-            of_g[s][0] = grad_y.word[0][2 * s];
-            of_g[s][1] = grad_y.word[1][2 * s];
-            of_g[s][2] = grad_y.word[0][2 * s + 1];
-            of_g[s][3] = grad_y.word[1][2 * s + 1];
-            if constexpr ((kWanted & kGradX) != 0) {
+            for (int s = 0; s < kSteps; ++s) {
                 of_x[s][0] = transpose(of_g[s][0]);
                 of_x[s][1] = transpose(of_g[s][2]);
                 of_x[s][2] = transpose(of_g[s][1]);
@@ -169,16 +180,17 @@ class Strip {
         }
     }
 
-    // A lane has 16 neighbouring columns of each of its rows n.
+    // Writes partial sums `split`. A lane has 16 neighbouring columns of each of its rows n.
     template <class F>
-    __device__ __forceinline__ void write_grad_x(const LinearBackwardCall& call, int64_t n0,
-                                                 int lane, F column_of) const {
+    __device__ __forceinline__ void write_grad_x(const LinearBackwardCall& call, int split,
+                                                 int64_t n0, int lane, F column_of) const {
+        if constexpr ((kWanted & kGradX) == 0) return;
         const int64_t K = call.weight.K;
 #pragma unroll
         for (int i = 0; i < 2 * kSteps; ++i) {
             const int64_t n = n0 + 4 * kSteps * (lane / 8) + 2 * i + lane / 4 % 2;
             if (n >= call.N) continue;
-            float* const to = call.grad_x + (blockIdx.y * call.N + n) * K;
+            float* const to = Partials::of(call).x + (split * call.N + n) * K;
 #pragma unroll
             for (int slot = 0; slot < 16; slot += 4) {
                 const float (&left)[4] = grad_x_[i / 2][slot / 2];
@@ -215,7 +227,7 @@ __device__ void write_codebook(const LinearBackwardCall& call, unsigned char* bi
         double sum = 0.0;
         for (int warp = 0; warp < blockDim.x / kWarp; ++warp)
             sum += CodeBins<kWidth>::total(bins + warp * CodeBins<kWidth>::kBytes, code, zero);
-        call.grad_codebook[block * codes + code] = sum;
+        Partials::of(call).codebook[block * codes + code] = sum;
     }
 }
 
@@ -266,11 +278,13 @@ struct PairsTiles {
         const uint32_t place[2] = {places(chunk.x, row), places(chunk.y, row)};
         const uint32_t code[2] = {chunk.z, chunk.w};
         const int to = kFirst + (tile * kUnitRows + row) * kRowBytes;
+        uint32_t word[kChunk];  // all read before the first is written: one wait, not eight
 #pragma unroll
-        for (int j = 0; j < kChunk; ++j) {
-            const uint32_t word = at<uint32_t>(placekern_shared, times_4(code[j / 4], j % 4));
-            at<uint32_t>(placekern_shared, to | times_4(place[j / 4], j % 4)) = word;
-        }
+        for (int j = 0; j < kChunk; ++j)
+            word[j] = at<uint32_t>(placekern_shared, times_4(code[j / 4], j % 4));
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j)
+            at<uint32_t>(placekern_shared, to | times_4(place[j / 4], j % 4)) = word[j];
     }
 
     // Takes a lane's 32 words of unit `unit` out of a tile.
@@ -306,5 +320,8 @@ struct PairsTiles {
         return static_cast<int>(j == 0 ? four << 2 : four >> (8 * j - 2)) & 0x3fc;
     }
 };
+
+// Adds up the partial sums of all blocks, into what is wanted.
+void finish_linear_backward(const LinearBackwardCall& call, const Queue& queue);
 
 }  // namespace placekern::cuda

@@ -149,8 +149,8 @@ class GradY(NamedTuple):
 
 
 def device_linear_backward_plan(weight: Weight, x: Tensor, wanted: tuple[bool, bool]) -> Any:
-    """How `device_linear_backward` is cut up: warps (0: impossible), columns, chunks, splits,
-    partials.
+    """How `device_linear_backward` is cut up: warps (0: impossible), columns, chunks, and the
+    bytes of its workspace.
     """
     return _cuda.linear_backward_plan(
         _device_weight(weight), _DTYPES[x.dtype], x.shape[0], *wanted, device_index(x)
@@ -165,11 +165,12 @@ def device_linear_backward(
     grad_x: Tensor | None,
     grad_codebook: Tensor | None,
 ) -> None:
-    """Fills what is given: grad_x float32 [splits, N, K], grad_codebook float64 [partials, 2^bits].
+    """Fills what is given: grad_x [N, K] contiguous, grad_codebook float64 [2^bits].
 
-    Both are to be summed over their first dimension. x is [N, K] contiguous, grad_y
-    [chunks, M, columns] with zeros behind N; both float16 or bfloat16.
+    x is [N, K] contiguous, grad_y in the order of csrc/cuda/linear_backward.h; float16 or
+    bfloat16, as grad_x.
     """
+    workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device)
     _cuda.linear_backward(
         _device_weight(weight),
         _DTYPES[x.dtype],
@@ -180,6 +181,7 @@ def device_linear_backward(
         grad_y.data_ptr(),
         pointer(grad_x),
         pointer(grad_codebook),
+        workspace.data_ptr(),
         *_queue(x),
     )
 

@@ -141,4 +141,14 @@ void wait_for_copies_before() {
     while (emulated::next_copy(&copy, kLatest)) emulated::finish_copy(copy);
 }
 
+// Reads what it asks for, so that a sanitizer sees where that is not memory.
+inline void prefetch_to_l2(const void* global, uint32_t bytes,
+                           emulated::Site site = emulated::here()) {
+    if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0)
+        emulated::fail(emulated::kMisaligned, "prefetch_to_l2 at %s:%d: %u bytes at %p, not on 16",
+                       site.file, site.line, bytes, global);
+    for (uint32_t i = 0; i < bytes; ++i)
+        static_cast<void>(static_cast<const volatile unsigned char*>(global)[i]);
+}
+
 }  // namespace placekern::cuda

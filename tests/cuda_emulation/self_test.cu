@@ -117,7 +117,8 @@ __global__ void matrices(Args args) {
 }
 
 // in, out: uint4 [threads]. Variants: 0 correct, 1 never waits, 2 waits too late, 3 outside of the
-// array, 4 a misaligned destination, 5 a misaligned source, 6 not into shared memory
+// array, 4 a misaligned destination, 5 a misaligned source, 6 not into shared memory, 7 and 8 ask
+// for the source beforehand, 8 for a part of 16 bytes
 __global__ void copies(Args args) {
     const uint4* in = static_cast<const uint4*>(args.in) + threadIdx.x;
     uint4* out = static_cast<uint4*>(args.out) + threadIdx.x;
@@ -127,6 +128,7 @@ __global__ void copies(Args args) {
     void* to = args.variant == 4   ? reinterpret_cast<char*>(shared) + 8
                : args.variant == 6 ? static_cast<void*>(out)
                                    : static_cast<void*>(shared);
+    if (args.variant > 6) placekern::cuda::prefetch_to_l2(from, args.variant == 7 ? 16 : 8);
     placekern::cuda::copy_async(to, from, args.variant != 3);
     if (args.variant != 1 && args.variant != 2) placekern::cuda::wait_for_copies();
     *out = *shared;
