@@ -84,8 +84,10 @@ __global__ void __launch_bounds__(kMaxWarps<kWidth>* kWarp, kBlocksPerMultiproce
     const uint32_t escape = to_bits(read(weight.codebook, zero), T());
     Table::fill(weight, zero);
     const auto bins = Bins::of(placekern_shared + Table::kBytes + warp * Bins::kBytes, lane);
-    sums.load_x(call, n0, lane, column_of);
-    if constexpr ((kWanted & kGradCodebook) != 0) bins.clear();
+    if constexpr ((kWanted & kGradCodebook) != 0) {
+        sums.load_x(call, n0, lane, column_of);
+        bins.clear();
+    }
     __syncthreads();
 
     const auto warp_bins = Bins::of(placekern_shared + Table::kBytes + warp * Bins::kBytes, 0);
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(kMaxWarps<kWidth>* kWarp, kBlocksPerMultiproce
             pair[i] = __byte_perm(element[2 * i], element[2 * i + 1], 0x5410);
         sums.add(now_grad_y, pair, offset, warp_bins);
     }
-    sums.write_grad_x(call, rows.split, n0, lane, column_of);
+    if constexpr ((kWanted & kGradX) != 0) sums.write_grad_x(call, rows.split, n0, lane, column_of);
     if constexpr ((kWanted & kGradCodebook) != 0) {
         bins.add_spare(of_escapes);
         __syncthreads();
@@ -210,15 +212,19 @@ __global__ void __launch_bounds__(4 * kWarp, kBlocksPerMultiprocessor<kWidth>)
             return place < kPairsWindow && column < weight.K ? column : int64_t{-1};
         };
         const uint16_t* const grad_y = chunk_of_grad_y(call, n0);
+        auto next = GradY<kSteps>::load(grad_y, step - own_run * runs.blocks, lane);
         Strip<kSteps, kWanted, T> sums;
-        sums.load_x(call, n0, lane, column_of);
-        for (const int run_end = min((own_run + 1) * runs.blocks, end); step < run_end; ++step) {
-            const auto now = GradY<kSteps>::load(grad_y, step - own_run * runs.blocks, lane);
+        if constexpr ((kWanted & kGradCodebook) != 0) sums.load_x(call, n0, lane, column_of);
+        const int run_end = min((own_run + 1) * runs.blocks, end);
+        for (; step < run_end; ++step) {
             __syncthreads();  // this tile is full, the other one empty
             uint32_t word[kUnitCodes];
             Tiles::take(tile, unit, lane, word);
             tile = 1 - tile;
             scatter(tile);
+            const GradY<kSteps> now = next;
+            if (step + 1 < run_end)
+                next = GradY<kSteps>::load(grad_y, step + 1 - own_run * runs.blocks, lane);
             uint32_t pair[16];
             int offset[kUnitCodes];
 #pragma unroll
@@ -228,8 +234,10 @@ __global__ void __launch_bounds__(4 * kWarp, kBlocksPerMultiprocessor<kWidth>)
             for (int j = 0; j < kUnitCodes; ++j) offset[j] = static_cast<int>(word[j] >> 16);
             sums.add(now, pair, offset, bins);
         }
-        const int segment = static_cast<int>(blockIdx.x) - runs.first_block(own_run);
-        sums.write_grad_x(call, segment, n0, lane, column_of);
+        if constexpr ((kWanted & kGradX) != 0) {
+            const int segment = static_cast<int>(blockIdx.x) - runs.first_block(own_run);
+            sums.write_grad_x(call, segment, n0, lane, column_of);
+        }
     }
     if constexpr ((kWanted & kGradCodebook) != 0) {
         __syncthreads();

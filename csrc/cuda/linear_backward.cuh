@@ -126,7 +126,6 @@ class Strip {
     template <class F>
     __device__ __forceinline__ void load_x(const LinearBackwardCall& call, int64_t n0, int lane,
                                            F column_of) {
-        if constexpr ((kWanted & kGradCodebook) == 0) return;
 #pragma unroll
         for (int j = 0; j < kProducts; ++j) {
             const int64_t column = column_of(lane / 8 * 16 + 2 * j + lane / 4 % 2);
@@ -184,7 +183,6 @@ class Strip {
     template <class F>
     __device__ __forceinline__ void write_grad_x(const LinearBackwardCall& call, int split,
                                                  int64_t n0, int lane, F column_of) const {
-        if constexpr ((kWanted & kGradX) == 0) return;
         const int64_t K = call.weight.K;
 #pragma unroll
         for (int i = 0; i < 2 * kSteps; ++i) {
