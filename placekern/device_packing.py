@@ -291,21 +291,22 @@ def _spread_over_banks(places: NDArray[np.uint8], of_row: NDArray[np.int64]) -> 
     used = np.zeros(total * LANES, "<u8")
     slack = np.full(total, 64 * int(one.sum()), "<u8")
     group = np.arange(total)
-    order = np.empty((len(places) + 1, CHUNK), np.uint8)
+    order = np.empty((len(places) + 1) * CHUNK, np.uint8)
     for lane in range(LANES):
         own = chunk[:, lane]
         at = (banks[own] + group[:, None] * LANES).T.copy()
+        own = own * CHUNK
         taken = np.zeros(total, "<u8")
         for pair in range(CHUNK):
-            before = used[at[pair]]
-            distance = (before + slack | taken).view(np.uint8).reshape(total, CHUNK)
-            position = distance.argmin(1)
-            bit = one[position]
-            slack -= np.where(distance[group, position] == 64, bit, np.uint64(0))
+            before = used.take(at[pair])
+            distance = (before + slack | taken).view(np.uint8)
+            position = distance.reshape(total, CHUNK).argmin(1)
+            bit = one.take(position)
+            slack -= bit * (distance.take(group * CHUNK + position) == 64)
             used[at[pair]] = before + bit
             taken |= bit << np.uint64(7)
-            order[own, position] = pair
-    return order[:-1]
+            order[own + position] = pair
+    return order.reshape(-1, CHUNK)[:-1]
 
 
 def _unpack_pairs(

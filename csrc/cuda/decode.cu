@@ -26,8 +26,10 @@ __device__ __forceinline__ uint4 vector_of(const float* value, T) {
 }
 
 // A warp has a unit. Where rows start on 16 bytes, a lane writes its 16 columns by whole vectors.
+// Three blocks are bound: left alone, the compiler aims at more on some devices, and spills.
 template <int kWidth, bool kOneCodebook, class T>
-__global__ void __launch_bounds__(kWarps* kWarp) decode_dense(DecodeArgs args) {
+__global__ void __launch_bounds__(kWarps* kWarp, kOneCodebook ? 3 : 1)
+    decode_dense(DecodeArgs args) {
     const DeviceWeight& weight = args.weight;
     auto* const entries = reinterpret_cast<uint32_t*>(placekern_shared);
     const int lane = threadIdx.x % kWarp;
