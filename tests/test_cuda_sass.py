@@ -33,6 +33,8 @@ FAMILIES = {
 }
 
 WIDE_LOAD = r"LDG\.E\..*128"
+LOOKUP = r"LDS$"
+WIDE_LOAD_OR_COPY = rf"{WIDE_LOAD}|LDGSTS"  # Turing has no asynchronous copies
 
 # Of each family one kernel is read on every architecture, as its types differ in conversions only.
 READ = {
@@ -50,8 +52,8 @@ READ = {
     "finish_kernel": (),
     "gradient<8, false, half>": (WIDE_LOAD, "HMMA"),
     "gradient<8, true, half>": (WIDE_LOAD, "HMMA"),
-    "matmul_dense<8, 2, half>": (WIDE_LOAD, "HMMA"),
-    "matmul_pairs<8, 2, half>": (WIDE_LOAD, "HMMA"),
+    "matmul_dense<8, 2, half>": (WIDE_LOAD_OR_COPY, "HMMA"),
+    "matmul_pairs<8, 2, half>": (WIDE_LOAD, "LDSM", "HMMA"),
     "sort_kernel": (),
 }
 
@@ -107,10 +109,13 @@ BUDGETS = {
     # 256 non-zeros, put among zeros; a lane has two chunks in a round.
     "decode_pairs<true, bfloat16>": Loop("STS", 16, (WIDE_LOAD, "LDS"), 2, 81),
     # A unit times 16 columns; times 64, where a warp has two units at once.
-    "matmul_dense<8, 2, bfloat16>": Loop("HMMA", 8, (WIDE_LOAD, "LDGSTS"), 1, 239),
-    "matmul_dense<8, 8, bfloat16>": Loop("HMMA", 64, (WIDE_LOAD, "LDGSTS"), 2, 231),
-    # A window of 16 rows and 248 columns with 1,024 non-zeros, times 16 columns.
-    "matmul_pairs<8, 2, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD, "LDGSTS", "STS"), 1, 947),
+    "matmul_dense<8, 2, bfloat16>": Loop("HMMA", 8, ("LDGSTS",), 1, 242),
+    "matmul_dense<5, 2, bfloat16>": Loop("HMMA", 8, ("LDGSTS",), 1, 254),
+    "matmul_dense<8, 8, bfloat16>": Loop("HMMA", 64, ("LDGSTS",), 2, 231),
+    # A window of 16 rows and 248 columns times 16 columns, where a warp has two such, and times 64.
+    # With seven chunks a lane, six of them loaded ahead: 1,792 non-zeros.
+    "matmul_pairs<8, 2, bfloat16>": Loop("HMMA", 64, (WIDE_LOAD, "LDGSTS", LOOKUP), 2, 627),
+    "matmul_pairs<8, 8, bfloat16>": Loop("HMMA", 128, (WIDE_LOAD, "LDGSTS", LOOKUP), 1, 829),
     # A unit and 32 rows of x, both gradients; pairs: with 512 non-zeros.
     "backward_dense<8, 2, 3, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD,), 1, 580),
     "backward_pairs<8, 2, 3, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD, "STS"), 1, 800),
