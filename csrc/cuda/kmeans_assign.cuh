@@ -63,8 +63,9 @@ struct Map {
 
     // A point's place, from 0 to 1, is multiplied by a last bucket so small that its bits are its
     // number: the product is a whole number of the smallest floats, and needs no conversion.
-    __device__ Map(float scale, float offset, int buckets)
-        : scale(scale), offset(offset), last(__int_as_float(buckets - 1)) {}
+    __device__ Map(float scale, float offset, int buckets) : scale(scale), offset(offset) {
+        last = __int_as_float(buckets - 1);
+    }
 
     // By the boundaries in shared memory.
     __device__ static Map of(int count, int buckets) {
