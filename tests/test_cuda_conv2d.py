@@ -100,6 +100,11 @@ def test_a_kernel_that_reaches_far(gpu: Gpu, layout: Layout) -> None:
         x.double(), weight.to_dense().double().view(20, 3, 2, 1), None, 1, 0, (40_000, 1)
     )
     assert relative_error(y.cpu(), wanted) < 1.2e-2
+    leaf = gpu.weight(weight, layout)
+    leaf.codebook.requires_grad_()
+    y = ops.conv2d(gpu.tensor(x), leaf, kernel_size=(2, 1), dilation=(40_000, 1))
+    with pytest.raises(ValueError, match="dilation 40000 x 1 reaches over more than 32,767 pixels"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("groups", [1, 3])

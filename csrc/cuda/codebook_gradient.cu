@@ -292,6 +292,10 @@ void codebook_gradient(const CodebookGradientCall& call, const Queue& queue) {
     PK_CHECK(last < INT32_MAX && reach <= INT32_MAX, "codebook_gradient: N = ", call.N,
              " reaches element ", reach,
              " of grad_y, expected less than 2^31; use smaller batches");
+    const ConvShape& shape = call.source.shape;
+    PK_CHECK(!call.source.image || has_taps(shape), "codebook_gradient: a kernel of ",
+             shape.kernel_h, " x ", shape.kernel_w, " with dilation ", shape.dilation_h, " x ",
+             shape.dilation_w, " reaches over more than 32,767 pixels; train it on the CPU");
     with_kernel(call.weight, call.source.dtype, [&](auto kernel, int set, int stage) {
         const auto shared = static_cast<size_t>(shared_bytes(plan, set, stage));
         launch(queue, kernel, dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared, call,
