@@ -4,6 +4,7 @@
 // word; a thread fetches elements of two columns of X (two rows of grad_y) and puts them together.
 #pragma once
 
+#include <cstddef>
 #include <type_traits>
 
 #include "bins.cuh"
@@ -169,14 +170,18 @@ class Fetch {
         const auto width = static_cast<unsigned>(source.shape.width);
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-            const Tap tap = at<Tap>(placekern_shared + kTaps,
-                                    (image_slot() + i * kStep) * static_cast<int>(sizeof(Tap)));
+            // One by one: a Tap read at once takes two neighbouring registers, of which there are
+            // none left.
+            const int tap = (image_slot() + i * kStep) * static_cast<int>(sizeof(Tap));
+            const int offset = at<int>(placekern_shared + kTaps, tap + offsetof(Tap, offset));
+            const short dy = at<short>(placekern_shared + kTaps, tap + offsetof(Tap, dy));
+            const short dx = at<short>(placekern_shared + kTaps, tap + offsetof(Tap, dx));
             const bool inside = i * kStep < left;
 #pragma unroll
             for (int p = 0; p < kParts; ++p) {
-                const bool real = inside && static_cast<unsigned>(point[p].y + tap.dy) < height &&
-                                  static_cast<unsigned>(point[p].x + tap.dx) < width;
-                x_[i][p] = real ? __ldg(x + (point[p].base + tap.offset)) : 0;
+                const bool real = inside && static_cast<unsigned>(point[p].y + dy) < height &&
+                                  static_cast<unsigned>(point[p].x + dx) < width;
+                x_[i][p] = real ? __ldg(x + (point[p].base + offset)) : 0;
             }
         }
     }
