@@ -55,19 +55,24 @@ inline int shared_limit(int device) {
     return bytes;
 }
 
+// Lets a kernel take `shared` bytes of dynamic shared memory on the current device, `device`.
+template <class Args, class... Words>
+void allow_shared(void (*kernel)(Args), size_t shared, int device, const Words&... words) {
+    if (shared <= 48 * 1024) return;  // which it may take unasked
+    // Always the most that there is: the limit belongs to the kernel, and a smaller one could reach
+    // it from another thread between this line and a launch.
+    PK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       shared_limit(device)),
+                  words..., ", ", shared, " bytes of shared memory");
+}
+
 // Runs `kernel(args)` on grid x threads with `shared` bytes of dynamic shared memory. The words
 // behind it are for the message: what was launched, with which sizes.
 template <class Args, class... Words>
 void launch(const Queue& queue, void (*kernel)(Args), dim3 grid, int threads, size_t shared,
             const Args& args, const Words&... words) {
     const DeviceScope scope(queue.device);
-    if (shared > 48 * 1024) {  // more than a kernel may take unasked
-        // Always the most that there is: the limit belongs to the kernel, and a smaller one could
-        // reach it from another thread between this line and the launch.
-        PK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           shared_limit(queue.device)),
-                      words..., ", ", shared, " bytes of shared memory");
-    }
+    allow_shared(kernel, shared, queue.device, words...);
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);

@@ -55,11 +55,7 @@ int attribute(cudaDeviceAttr which, int device) {
 template <class Args>
 int resident_blocks(void (*kernel)(Args), size_t shared, int device) {
     const DeviceScope scope(device);
-    if (shared > 48 * 1024) {  // else no block would be allowed
-        PK_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared)),
-                      "matmul, ", shared, " bytes of shared memory");
-    }
+    allow_shared(kernel, shared, device, "matmul");
     int blocks = 0;
     PK_CUDA_CHECK(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kWarps * kWarp, shared),
