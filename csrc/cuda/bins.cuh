@@ -8,13 +8,6 @@
 
 namespace placekern::cuda {
 
-inline int attribute(cudaDeviceAttr name, int device) {
-    int value = 0;
-    PK_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device), "attribute ", name, " of device ",
-                  device);
-    return value;
-}
-
 // A number of type T so many bytes behind `base` in shared memory.
 template <class T>
 __device__ __forceinline__ T& at(unsigned char* base, int byte) {

@@ -12,14 +12,9 @@ int device_count() {
 }
 
 Properties properties(int device) {
-    const auto read = [device](cudaDeviceAttr attribute) {
-        int value = 0;
-        PK_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device), "properties of device ",
-                      device);
-        return value;
-    };
-    return {read(cudaDevAttrMultiProcessorCount), shared_limit(device),
-            10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor)};
+    return {attribute(cudaDevAttrMultiProcessorCount, device), shared_limit(device),
+            10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                attribute(cudaDevAttrComputeCapabilityMinor, device)};
 }
 
 }  // namespace placekern::cuda

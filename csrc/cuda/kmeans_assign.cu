@@ -39,9 +39,7 @@ struct Plan {
         while (shared.sums() + shared.warp_sums() > limit) shared.buckets /= 2;
         warps = std::min(kMostWarps, (limit - shared.sums()) / shared.warp_sums());
         if (warps > 8) warps -= warps % 4;  // as many on each of the four schedulers
-        int processors = 0;
-        PK_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-                      "multiprocessors of device ", device);
+        const int processors = attribute(cudaDevAttrMultiProcessorCount, device);
         const int64_t share = static_cast<int64_t>(kTile) * kWarpTiles * warps;
         blocks = static_cast<int>(std::min<int64_t>(processors, (n + share - 1) / share));
     }

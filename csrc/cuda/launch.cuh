@@ -47,12 +47,16 @@ class DeviceScope {
     int previous_ = 0;
 };
 
+inline int attribute(cudaDeviceAttr name, int device) {
+    int value = 0;
+    PK_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device), "attribute ", name, " of device ",
+                  device);
+    return value;
+}
+
 // Bytes of shared memory that a block may take on a device, when it asks for them.
 inline int shared_limit(int device) {
-    int bytes = 0;
-    PK_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                  "shared memory of device ", device);
-    return bytes;
+    return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
 // Lets a kernel take `shared` bytes of dynamic shared memory on the current device, `device`.

@@ -45,12 +45,6 @@ void with_kernel(const MatmulArgs& args, bool ring, int tiles, F f) {
     });
 }
 
-int attribute(cudaDeviceAttr which, int device) {
-    int value = 0;
-    PK_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device), "properties of device ", device);
-    return value;
-}
-
 // How many blocks of a kernel a multiprocessor holds at once.
 template <class Args>
 int resident_blocks(void (*kernel)(Args), size_t shared, int device) {
