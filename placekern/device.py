@@ -153,9 +153,8 @@ def group_slices(
     one group. For x in channels_last it is that too: cuDNN would copy any other each time.
     """
     per_group = weight.M // shape.groups
-    taps = shape.kernel_h * shape.kernel_w
-    if weight.layout != Layout.PAIRS or taps == 1 or x.is_contiguous():
-        taps = 1
+    by_taps = weight.layout == Layout.PAIRS and not x.is_contiguous()
+    taps = shape.kernel_h * shape.kernel_w if by_taps else 1
     for first, dense in slices(weight, x, taps):
         if taps == 1:
             filters = dense.view(-1, *shape.kernel)

@@ -36,13 +36,13 @@ def linear_backward(
         RuntimeError: a launch failed; the message has its sizes.
     """
     device.check("linear_backward", x, weight)
-    N, entries = x.shape[0], 1 << weight.bits
+    N = x.shape[0]
     fused = x.dtype != torch.float32 and N <= _FUSED_ROWS and _native.way() != "decode"
     fused = fused and weight.codebooks == 1
     if fused and (plan := _native.device_linear_backward_plan(weight, x, wanted)).warps:
         x = x.contiguous()
         grad_x = torch.empty_like(x) if wanted[0] else None
-        sums = x.new_empty(entries, dtype=torch.float64) if wanted[1] else None
+        sums = x.new_empty(1 << weight.bits, dtype=torch.float64) if wanted[1] else None
         operands = _operands(grad_y, plan.chunks, plan.columns)
         _native.device_linear_backward(weight, plan, x, operands, grad_x, sums)
         return grad_x, sums

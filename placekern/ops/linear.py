@@ -60,8 +60,7 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
     dtype = common.compute_dtype(x)
     rows = common.ready_array(_rows(x, weight.K), dtype)
     # Made in its final shape: autograd refuses in-place changes of an output that is a view.
-    flat = rows is x or x.dim() == 2
-    y = rows.new_empty((rows.shape[0], weight.M) if flat else (*x.shape[:-1], weight.M))
+    y = rows.new_empty((*x.shape[:-1], weight.M))
     offset = None if bias is None else common.ready_array(bias, dtype)
     _native.linear(common.ready(weight, dtype), rows, offset, y, relu)
     return y if y.dtype is x.dtype else y.to(x.dtype)
