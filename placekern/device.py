@@ -24,8 +24,12 @@ SCRATCH_BYTES = 32 << 20
 _DIRECT_COLUMNS = 2
 _EXACT_COLUMNS = 8  # float32 without TF32: beyond this the dense library is quicker
 _MATMUL_COLUMNS = 64
-_MATMUL_PIXELS = 512  # of a convolution
+# Multiply-adds of a convolution that tensor cores take on windows of the image: copied by 16 bytes,
+# or gathered by elements. Decoded slices cost a launch, and then cuDNN is the quicker.
+_COPIED_PRODUCTS = 1_000_000_000
+_GATHERED_PRODUCTS = 200_000_000
 
+_BLOCK_ROWS = 64  # of `device_matmul`: 64 or 128
 _DECODED_ROWS = 65_535 * 16  # as many blocks as a grid may have
 _COMPUTED = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
@@ -52,7 +56,7 @@ def linear(weight: _native.Weight, x: Tensor, bias: Tensor | None, relu: bool) -
         _native.device_direct(weight, rows_of(x), out)
         return out.y
     if way != "decode" and tensor_cores and (N <= _MATMUL_COLUMNS or way == "direct"):
-        out = _output_rows(weight, x, bias, relu, _matmul_splits(weight, x, N))
+        out = _output_rows(weight, x, bias, relu, _matmul_splits(weight, x, N, 0))
         if _native.device_matmul(weight, rows_of(x), out):
             return out.y
     y = _linear_by_slices(weight, x, bias)
@@ -100,13 +104,12 @@ def conv2d(
     """
     check("conv2d", x, weight, bias)
     way = _native.way()
-    N = shape.batch * shape.pixels
-    small = N <= _MATMUL_PIXELS or way == "direct"
     tensor_cores = has_tensor_cores(x, x.dtype == torch.float32 and _tf32_conv())
     tensor_cores = tensor_cores and weight.codebooks == 1
-    if way != "decode" and small and shape.groups == 1 and tensor_cores and addressable(x):
+    small = way == "direct" or _is_small(weight, shape, x)
+    if way != "decode" and small and tensor_cores and addressable(x):
         source = _native.Source(x, shape=shape)
-        splits = _matmul_splits(weight, x, N)
+        splits = _matmul_splits(weight, x, shape.batch * shape.pixels, shape.groups)
         while splits <= _steps(weight):
             out = _output_image(weight, shape, y, bias, relu, splits)
             if _native.device_matmul(weight, source, out):
@@ -114,6 +117,21 @@ def conv2d(
             splits *= 2
     y = _conv2d_by_slices(weight, shape, padding, x, bias, y)
     return y.relu_() if relu else y
+
+
+def _is_small(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> bool:
+    """Whether a convolution is for `device_matmul`, by the multiply-adds that it does."""
+    per_group = -(-weight.M // shape.groups)
+    dense = weight.layout == Layout.DENSE
+    if dense and shape.groups > 1 and per_group % device_packing.UNIT_ROWS:
+        return False  # rows of two groups would be read at once
+    rows = shape.groups * -(-per_group // _BLOCK_ROWS) * _BLOCK_ROWS
+    step = device_packing.UNIT_COLUMNS if dense else device_packing.PAIRS_WINDOW
+    products = rows * _steps(weight) * step * shape.batch * shape.pixels
+    # Nearly what the kernel asks (has_vectors), and by sizes only.
+    copied = weight.taps == shape.kernel_h * shape.kernel_w and x.stride(1) == 1
+    copied = copied and shape.channels % (16 // x.element_size()) == 0
+    return products <= (_COPIED_PRODUCTS if copied else _GATHERED_PRODUCTS)
 
 
 def _conv2d_by_slices(
@@ -150,17 +168,18 @@ def group_slices(
     """Decoded slices of a convolution: channels of x, rows of the weight, the slice, its groups.
 
     A slice [rows, C, kernel_h, kernel_w] is the whole weight with all its groups, or some rows of
-    one group. For x in channels_last it is that too: cuDNN would copy any other each time.
+    one group. It is in channels_last where the weight's columns lie tap by tap; and, as cuDNN would
+    copy any other each time, for x in channels_last too.
     """
     per_group = weight.M // shape.groups
-    by_taps = weight.layout == Layout.PAIRS and not x.is_contiguous()
-    taps = shape.kernel_h * shape.kernel_w if by_taps else 1
-    for first, dense in slices(weight, x, taps):
-        if taps == 1:
+    by_tap = weight.taps > 1
+    reordered = weight.layout == Layout.PAIRS and not by_tap and not x.is_contiguous()
+    for first, dense in slices(weight, x, shape.kernel_h * shape.kernel_w if reordered else 1):
+        if not (by_tap or reordered):
             filters = dense.view(-1, *shape.kernel)
         else:
-            by_tap = dense.view(-1, shape.kernel_h, shape.kernel_w, shape.channels)
-            filters = by_tap.permute(0, 3, 1, 2)
+            last = dense.view(-1, shape.kernel_h, shape.kernel_w, shape.channels)
+            filters = last.permute(0, 3, 1, 2)
         if dense.shape[0] == weight.M:
             yield slice(None), slice(None), filters, shape.groups
             return
@@ -325,7 +344,7 @@ def _direct_splits(weight: _native.Weight, x: Tensor) -> int:
     return _splits(blocks, 2 * multiprocessors, _steps(weight) // 16)
 
 
-def _matmul_splits(weight: _native.Weight, x: Tensor, N: int) -> int:
+def _matmul_splits(weight: _native.Weight, x: Tensor, N: int, groups: int) -> int:
     M, K, bits, layout = weight[:4]
     index = _native.device_index(x)
-    return _native.matmul_splits(M, K, bits, layout, x.dtype, N, x.dim() == 4, index)
+    return _native.matmul_splits(M, K, bits, layout, x.dtype, N, groups, index)

@@ -12,6 +12,9 @@ rows g and g + 8, which is also its part of a tensor-core fragment.
 PAIRS keeps 16 bytes for eight entries of one row and one window of 248 columns: eight places, then
 eight codes. A run that is no multiple of eight has place 248 in its last chunk, where x is taken to
 be zero. The order within a chunk means nothing, and is chosen for the banks of shared memory.
+
+In either the columns of a filter may lie tap by tap, the channels of a tap side by side: as in a
+filter in channels_last, and as an image in channels_last is read.
 """
 
 from __future__ import annotations
@@ -81,6 +84,7 @@ def pack(
     M: int,
     K: int,
     bits: int,
+    taps: int = 1,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The arrays `positions` and `codes` of a layout, padded for reading to whole 16 bytes.
 
@@ -94,7 +98,10 @@ def pack(
         M: rows.
         K: columns, at most MAX_PAIRS_K for PAIRS.
         bits: of a code, 1 to 8.
+        taps: of a filter; column k becomes (k % taps) * (K / taps) + k / taps.
     """
+    if taps > 1:
+        col_ind, codes = _regrouped(row_ptr, col_ind, codes, K, taps)
     if layout == Layout.DENSE:
         positions, packed = _pack_dense(row_ptr, col_ind, codes, M, K, bits)
     else:
@@ -110,11 +117,25 @@ def unpack(
     M: int,
     K: int,
     bits: int,
+    taps: int = 1,
 ) -> tuple[NDArray, NDArray[np.uint8]]:
     """The logical form of what `pack` made: col_ind [nnz] (uint16 or int32) and codes [nnz]."""
     if layout == Layout.DENSE:
-        return _unpack_dense(positions, codes, row_ptr, M, K, bits)
-    return _unpack_pairs(positions, codes, row_ptr, M, K)
+        columns, codes = _unpack_dense(positions, codes, row_ptr, M, K, bits)
+    else:
+        columns, codes = _unpack_pairs(positions, codes, row_ptr, M, K)
+    return (columns, codes) if taps == 1 else _regrouped(row_ptr, columns, codes, K, K // taps)
+
+
+def _regrouped(
+    row_ptr: NDArray[np.int64], col_ind: NDArray, codes: NDArray[np.uint8], K: int, inner: int
+) -> tuple[NDArray, NDArray[np.uint8]]:
+    """col_ind and codes [nnz] of the matrix whose columns [K / inner, inner] are transposed."""
+    columns = col_ind.astype(np.int64)
+    columns = columns % inner * (K // inner) + columns // inner
+    rows = np.repeat(np.arange(len(row_ptr) - 1), np.diff(row_ptr))
+    order = np.argsort(rows * K + columns)
+    return columns[order].astype(col_ind.dtype), codes[order]
 
 
 def _pack_dense(

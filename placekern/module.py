@@ -2,7 +2,8 @@
 
 The packed arrays have a size that depends on the density and a layout that depends on the device:
 loading a state_dict makes room of the right size first, `to` packs them anew, and a state_dict
-always holds the CPU's layout, so that what a GPU saved loads anywhere.
+always holds the CPU's layout, so that what a GPU saved loads anywhere. A filter follows
+`to(memory_format=...)` as the weight of nn.Conv2d does, which shows on a GPU only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .codebook import codebook_shape, codebooks_of, group_size_of
+from .memory_format import is_channels_last
 from .packing import DEVICE_LAYOUTS, Layout
 from .weight import QuantSparseWeight
 
@@ -35,7 +37,10 @@ class QuantSparseModule(nn.Module):
     positions: Tensor
     codes: Tensor
 
-    def __init__(self, shape: tuple[int, int], bits: int, group_size: int | None = None) -> None:
+    def __init__(
+        self, shape: tuple[int, int], bits: int, group_size: int | None = None, taps: int = 1
+    ) -> None:
+        """An empty layer [M, K]; `taps`: kernel_h * kernel_w of a filter."""
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
             raise ValueError(f"bits is {bits!r}, expected an integer from 1 to 8")
@@ -43,6 +48,9 @@ class QuantSparseModule(nn.Module):
         self._shape = shape
         self._layout = Layout.MASK
         self._nnz = 0
+        self._filter_taps = taps
+        self._channels_last = False  # a bool, as a torch.memory_format cannot be pickled
+        self._taps = 1  # by which the columns of the arrays lie
         for name in _BUFFERS:
             self.register_buffer(name, None)
         # Its shape says what the codebooks are; `_initialise` gives it its entries.
@@ -71,6 +79,7 @@ class QuantSparseModule(nn.Module):
             self.positions,
             self.codes,
             self.codebook,
+            self._taps,
         )
 
     @weight.setter
@@ -82,12 +91,19 @@ class QuantSparseModule(nn.Module):
             )
         if weight.codebook.shape != self.codebook.shape:
             raise ValueError(f"weight: {self._other_groups(weight)}")
-        self._layout = weight.layout
-        self._nnz = weight.nnz
-        for name in _BUFFERS:
-            setattr(self, name, getattr(weight, name))
+        self._hold(weight.to_layout(weight.layout, self._wanted_taps()))
         book = weight.codebook
         self.codebook = book if isinstance(book, nn.Parameter) else nn.Parameter(book)
+
+    def _hold(self, weight: QuantSparseWeight) -> None:
+        """Takes the arrays of a weight, but not its codebook."""
+        self._layout, self._taps, self._nnz = weight.layout, weight.taps, weight.nnz
+        for name in _BUFFERS:
+            setattr(self, name, getattr(weight, name))
+
+    def _wanted_taps(self) -> int:
+        """By which the columns should lie on a GPU."""
+        return self._filter_taps if self._channels_last else 1
 
     def _arrays(self) -> tuple[Any, ...]:
         """The weight as the ops take it; `weight` makes an object, which a call has no use for."""
@@ -100,6 +116,7 @@ class QuantSparseModule(nn.Module):
             self._shape[1],
             self.bits,
             int(self._layout),
+            self._taps,
         )
 
     def _other_groups(self, weight: QuantSparseWeight) -> str:
@@ -167,9 +184,8 @@ class QuantSparseModule(nn.Module):
                 return
             assigned = local_metadata.get("assign_to_params_buffers", False)
             device = proven.device if assigned else self.codebook.device
-            packed = proven.to_layout(proven.best_layout(device.type))
-            self._layout = packed.layout
-            self._nnz = packed.nnz
+            packed = proven.to_layout(proven.best_layout(device.type), self._wanted_taps())
+            self._layout, self._taps, self._nnz = packed.layout, packed.taps, packed.nnz
             arrays = {prefix + name: getattr(packed, name) for name in _BUFFERS}
             state_dict = {**state_dict, **arrays}
             for name in _BUFFERS:
@@ -193,18 +209,21 @@ class QuantSparseModule(nn.Module):
                 destination[prefix + name] = getattr(portable, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantSparseModule:
-        # `to`, `cuda` and `cpu` come this way: the arrays change their layout with the device.
-        before = torch.tensor([77], dtype=torch.uint8, device=self.codes.device)
+        # `to`, `cuda` and `cpu` come this way: the arrays change their layout with the device, and
+        # their order with the memory format that a small image gets.
+        before = torch.full((1, 2, 2, 2), 77, dtype=torch.uint8, device=self.codes.device)
+        if self._channels_last:
+            before = before.contiguous(memory_format=torch.channels_last)
         after = fn(before)
+        self._channels_last = is_channels_last(after)
         filled = not (before.is_meta or after.is_meta)
-        wrong = (self._layout in DEVICE_LAYOUTS) != after.is_cuda
+        other_device = (self._layout in DEVICE_LAYOUTS) != after.is_cuda
+        other_order = after.is_cuda and self._taps != self._wanted_taps()
         # `to_empty` moves no content, and there is none to repack until a state_dict is loaded.
-        if filled and wrong and int(after[0]) == 77:
+        if filled and (other_device or other_order) and int(after[0, 0, 0, 0]) == 77:
             weight = self.weight
-            packed = weight.to_layout(weight.best_layout(after.device.type))
-            self._layout = packed.layout
-            for name in _BUFFERS:
-                setattr(self, name, getattr(packed, name))
+            layout = weight.best_layout(after.device.type) if other_device else weight.layout
+            self._hold(weight.to_layout(layout, self._wanted_taps()))
         super()._apply(fn, recurse)
         return self
 

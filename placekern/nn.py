@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .memory_format import is_channels_last
 from .module import QuantSparseModule
 from .weight import QuantSparseWeight
 
@@ -120,6 +121,10 @@ class QuantSparseConv2d(QuantSparseModule):
     Shape: x [batch, C, height, width] or [C, height, width] -> y alike, in x's dtype and memory
     format.
 
+    `to(memory_format=torch.channels_last)` is for images in that format on a GPU, as with
+    `nn.Conv2d`: there the columns of the weight are packed in its order. Other images work too, by
+    copies.
+
     Raises:
         ValueError: an argument that `nn.Conv2d` refuses too, bits not 1 to 8, group_size below 1,
             or (in forward) a size, dtype or device that does not fit.
@@ -158,8 +163,9 @@ class QuantSparseConv2d(QuantSparseModule):
             padding_mode,
             device="meta",
         )
-        K = in_channels // groups * like.kernel_size[0] * like.kernel_size[1]
-        super().__init__((out_channels, K), bits, group_size)
+        taps = like.kernel_size[0] * like.kernel_size[1]
+        K = in_channels // groups * taps
+        super().__init__((out_channels, K), bits, group_size, taps)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = like.kernel_size
@@ -194,6 +200,7 @@ class QuantSparseConv2d(QuantSparseModule):
         """A layer with this weight [M, K], and bias, sizes and strides of the dense `module`."""
         arguments = _conv_arguments(module) | _code_arguments(weight)
         layer = cls(**arguments, bias=False, device="meta")
+        layer._channels_last = is_channels_last(module.weight)
         return _adopt(layer, weight, module)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -283,6 +290,8 @@ def _adopt(layer: Any, weight: QuantSparseWeight, module: nn.Module) -> Any:
 
 def _decode(layer: Any, module: Any) -> Any:
     dense = module.weight.to_dense().detach().reshape(layer.weight.shape)
+    if module._channels_last and dense.dim() == 4:
+        dense = dense.contiguous(memory_format=torch.channels_last)
     layer.weight = nn.Parameter(dense)
     if module.bias is not None:
         layer.bias = nn.Parameter(module.bias.detach().clone())

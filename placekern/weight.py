@@ -35,6 +35,8 @@ class QuantSparseWeight:
         bits: of a code, 1 to 8.
         layout: how columns and codes are kept: on the CPU `Layout.MASK` or `Layout.WINDOW`, on a
             GPU `Layout.DENSE` or `Layout.PAIRS`, whichever is smaller.
+        taps: of a filter whose columns lie tap by tap in a GPU layout, as a filter in channels_last
+            has them; 1: as everywhere else, k = (channel * kernel_h + ky) * kernel_w + kx.
         row_ptr: int32 [M + 1] (int64 past 2^31 non-zeros), where each row's entries start.
         positions: uint8, the columns in `layout`, with read padding.
         codes: uint8, the codes in `layout`, with read padding.
@@ -102,6 +104,7 @@ class QuantSparseWeight:
         positions: Tensor,
         codes: Tensor,
         codebook: Tensor,
+        taps: int = 1,
     ) -> QuantSparseWeight:
         self.shape = (int(shape[0]), int(shape[1]))
         self.bits = bits
@@ -111,6 +114,7 @@ class QuantSparseWeight:
         self.positions = positions
         self.codes = codes
         self.codebook = codebook
+        self.taps = taps
         return self
 
     @classmethod
@@ -124,10 +128,11 @@ class QuantSparseWeight:
         positions: Tensor,
         codes: Tensor,
         codebook: Tensor,
+        taps: int = 1,
     ) -> QuantSparseWeight:
         """Puts together arrays that came out of a proven weight, without proving them again."""
         return cls.__new__(cls)._assign(
-            shape, bits, layout, nnz, row_ptr, positions, codes, codebook
+            shape, bits, layout, nnz, row_ptr, positions, codes, codebook, taps
         )
 
     # ---- making one ----
@@ -186,6 +191,7 @@ class QuantSparseWeight:
         shape: tuple[int, int],
         bits: int,
         layout: Layout | None = None,
+        taps: int = 1,
     ) -> QuantSparseWeight:
         M, K = shape
         nnz = int(row_ptr[-1])
@@ -193,7 +199,9 @@ class QuantSparseWeight:
         if layout is None:
             layout = device_packing.best_layout(device.type, M, K, nnz, bits)
         if layout in DEVICE_LAYOUTS:
-            positions, packed = device_packing.pack(layout, row_ptr, col_ind, codes, M, K, bits)
+            positions, packed = device_packing.pack(
+                layout, row_ptr, col_ind, codes, M, K, bits, taps
+            )
         else:
             positions = packing.pack_positions(layout, row_ptr, col_ind, M, K)
             packed = packing.pack_codes(codes, bits)
@@ -207,6 +215,7 @@ class QuantSparseWeight:
             torch.from_numpy(positions).to(device),
             torch.from_numpy(packed).to(device),
             codebook,
+            taps,
         )
 
     @classmethod
@@ -342,7 +351,7 @@ class QuantSparseWeight:
         positions, codes = self.positions.cpu().numpy(), self.codes.cpu().numpy()
         if self.layout in DEVICE_LAYOUTS:
             columns, codes = device_packing.unpack(
-                self.layout, positions, codes, rows, M, K, self.bits
+                self.layout, positions, codes, rows, M, K, self.bits, self.taps
             )
         else:
             columns = packing.unpack_positions(self.layout, positions, rows, M, K)
@@ -380,9 +389,16 @@ class QuantSparseWeight:
         )
         return dense if dtype is None else dense.to(dtype)
 
-    def to(self, device: torch.device | str) -> QuantSparseWeight:
-        """The same weight on another device, in the layout that is best there."""
-        packed = self.to_layout(self.best_layout(torch.device(device).type))
+    def to(self, device: torch.device | str, taps: int | None = None) -> QuantSparseWeight:
+        """The same weight on another device, in the layout that is best there.
+
+        Args:
+            device: where to.
+            taps: kernel_h * kernel_w of a filter: on a GPU columns lie tap by tap, which is quicker
+                where images are in channels_last. None: as they are.
+        """
+        layout = self.best_layout(torch.device(device).type)
+        packed = self.to_layout(layout, self.taps if taps is None else taps)
         return self.trusted(
             self.shape,
             self.bits,
@@ -392,29 +408,42 @@ class QuantSparseWeight:
             packed.positions.to(device),
             packed.codes.to(device),
             self.codebook.to(device),
+            packed.taps,
         )
 
     def best_layout(self, device_type: str) -> Layout:
         """The layout that a weight of these sizes has on "cpu" or "cuda"."""
         return device_packing.best_layout(device_type, *self.shape, self.nnz, self.bits)
 
-    def to_layout(self, layout: Layout) -> QuantSparseWeight:
+    def to_layout(self, layout: Layout, taps: int = 1) -> QuantSparseWeight:
         """The same weight with its arrays in another layout, on the same device.
 
         `to` chooses the right one; this is for writing files and for tests. The codebook is
         shared.
 
+        Args:
+            layout: any.
+            taps: see the attribute; without meaning in the CPU's layouts.
+
         Raises:
-            ValueError: PAIRS was asked for with more than 63,488 columns.
+            ValueError: PAIRS was asked for with more than 63,488 columns, or K is no multiple of
+                taps.
         """
-        if layout == self.layout:
+        taps = taps if layout in DEVICE_LAYOUTS else 1
+        if taps < 1 or self.shape[1] % taps:
+            raise ValueError(
+                f"taps is {taps}, expected a divisor of K = {self.shape[1]}: kernel_h * kernel_w "
+                "of the filter"
+            )
+        if (layout, taps) == (self.layout, self.taps):
             return self
         if layout == Layout.PAIRS and self.shape[1] > device_packing.MAX_PAIRS_K:
             raise ValueError(
                 f"PAIRS numbers at most {device_packing.MAX_PAIRS_K} columns, the weight has "
                 f"{self.shape[1]}; use DENSE"
             )
-        return self._pack(*self._unpack(), self.codebook, self.shape, self.bits, layout)
+        arrays = self._unpack()
+        return self._pack(*arrays, self.codebook, self.shape, self.bits, layout, taps)
 
     @property
     def codebooks(self) -> int:

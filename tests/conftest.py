@@ -90,9 +90,11 @@ class Gpu:
     def tensor(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
 
-    def weight(self, weight: QuantSparseWeight, layout: Layout | None = None) -> QuantSparseWeight:
+    def weight(
+        self, weight: QuantSparseWeight, layout: Layout | None = None, taps: int = 1
+    ) -> QuantSparseWeight:
         layout = weight.best_layout("cuda") if layout is None else layout
-        packed, to = weight.to_layout(layout), self.tensor
+        packed, to = weight.to_layout(layout, taps), self.tensor
         return QuantSparseWeight.trusted(
             weight.shape,
             weight.bits,
@@ -102,6 +104,7 @@ class Gpu:
             to(packed.positions),
             to(packed.codes),
             to(packed.codebook),
+            packed.taps,
         )
 
 

@@ -51,7 +51,7 @@ def with_codebook(weight: QuantSparseWeight, codebook: Tensor) -> QuantSparseWei
     """The same positions and codes on another codebook."""
     w = weight
     return QuantSparseWeight.trusted(
-        w.shape, w.bits, w.layout, w.nnz, w.row_ptr, w.positions, w.codes, codebook
+        w.shape, w.bits, w.layout, w.nnz, w.row_ptr, w.positions, w.codes, codebook, w.taps
     )
 
 

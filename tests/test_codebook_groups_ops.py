@@ -179,7 +179,7 @@ def test_many_codebooks_share_the_memory_of_partial_sums() -> None:
 def test_opcheck(density: float) -> None:
     weight = random_weight(6, 36, density, 5, codebooks=3)
     arrays = (weight.row_ptr, weight.positions, weight.codes)
-    sizes = (36, 5, int(weight.layout))
+    sizes = (36, 5, int(weight.layout), 1)
     codebook = weight.codebook.clone().requires_grad_()
     x = torch.randn(2, 36, requires_grad=True)
     opcheck(torch.ops.placekern.linear.default, (x, *arrays, codebook, *sizes, None, True))

@@ -160,7 +160,7 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str, way: str) -> N
 def test_opcheck(layout: str) -> None:
     weight = random_weight(6, 36, 0.4, 5)
     arrays = (weight.row_ptr, weight.positions, weight.codes)
-    sizes = (36, 5, int(weight.layout))
+    sizes = (36, 5, int(weight.layout), 1)
     conv = ([3, 3], [2, 1], [1, 0, 1, 1], [1, 1], 1)
     codebook = weight.codebook.clone().requires_grad_()
     x = image(2, 4, 9, 8, layout, torch.float32).requires_grad_()

@@ -172,6 +172,7 @@ def test_partial_sums_that_nobody_wrote_are_not_read(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("by_tap", [False, True])
 def test_conv2d_agrees_with_plain_torch(
     gpu: Gpu,
     exact_conv: None,
@@ -179,6 +180,7 @@ def test_conv2d_agrees_with_plain_torch(
     layout: Layout,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
+    by_tap: bool,
 ) -> None:
     sizes = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1} | case
     channels, M, size = sizes.pop("channels"), sizes.pop("M"), sizes.pop("size")
@@ -188,7 +190,7 @@ def test_conv2d_agrees_with_plain_torch(
     x = torch.randn(3, channels, *size).to(dtype)
 
     leaf = gpu.tensor(x.clone(memory_format=memory_format)).requires_grad_()
-    moved = gpu.weight(weight, layout)
+    moved = gpu.weight(weight, layout, kernel[0] * kernel[1] if by_tap else 1)
     codebook = moved.codebook.clone().requires_grad_()
     y = ops.conv2d(leaf, with_codebook(moved, codebook), **sizes)
     grad_y = torch.randn(y.shape).to(dtype)

@@ -50,6 +50,9 @@ for layout in (Layout.DENSE, Layout.PAIRS):
             ops.linear(torch.randn(20, 600).bfloat16(), weight)
             image = random_weight(20, 30 * 9, 0.4, bits).to_layout(layout)
             ops.conv2d(torch.randn(1, 30, 5, 5).bfloat16(), image, kernel_size=(3, 3))
+            image = random_weight(20, 32 * 9, 0.4, bits).to_layout(layout, 9)
+            last = torch.randn(1, 5, 5, 32).permute(0, 3, 1, 2).bfloat16()
+            ops.conv2d(last, image, kernel_size=(3, 3))
         if what.startswith("decode"):
             ops.linear(torch.randn(70, 600), weight)
         if what.startswith(("linear_backward", "codebook_gradient", "bins")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import CONVOLUTIONS, random_weight, relative_error
 
+import placekern as pk
 from placekern import _native, device, ops
 from placekern.ops import common
 from placekern.packing import Layout
@@ -20,11 +22,18 @@ ROUNDING = {torch.float32: 2e-3, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("by_tap", [False, True])
 @pytest.mark.parametrize("way", ["direct", "decode"])
 @pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_agrees_with_plain_torch(
-    gpu: Gpu, any_way: None, case: dict[str, Any], way: str, layout: Layout, dtype: torch.dtype
+    gpu: Gpu,
+    any_way: None,
+    case: dict[str, Any],
+    by_tap: bool,
+    way: str,
+    layout: Layout,
+    dtype: torch.dtype,
 ) -> None:
     sizes = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1} | case
     channels, M, size = sizes.pop("channels"), sizes.pop("M"), sizes.pop("size")
@@ -42,11 +51,12 @@ def test_agrees_with_plain_torch(
         image, dense, bias.double(), sizes["stride"], 0, sizes["dilation"], sizes["groups"]
     )
     _native.force_way(way)
+    moved = gpu.weight(weight, layout, kernel[0] * kernel[1] if by_tap else 1)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         for relu in (False, True):
             y = ops.conv2d(
                 gpu.tensor(x).contiguous(memory_format=memory_format),
-                gpu.weight(weight, layout),
+                moved,
                 gpu.tensor(bias),
                 relu=relu,
                 **sizes,
@@ -55,6 +65,115 @@ def test_agrees_with_plain_torch(
             assert y.is_contiguous(memory_format=memory_format)
             error = relative_error(y.cpu(), wanted.relu() if relu else wanted)
             assert error < ROUNDING[dtype]
+
+
+# Channels of which 16 bytes hold those of one tap, while windows and units begin within a tap; then
+# what hinders that: too few channels, and an image that starts between 16 bytes.
+@pytest.mark.parametrize(("channels", "offset"), [(40, 0), (64, 0), (20, 0), (18, 0), (40, 1)])
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_in_channels_last_is_copied_by_16_bytes(
+    gpu: Gpu,
+    any_way: None,
+    monkeypatch: pytest.MonkeyPatch,
+    channels: int,
+    offset: int,
+    layout: Layout,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(device, "_tf32_conv", lambda: True)
+    _native.force_way("direct")
+    weight = random_weight(36, channels * 9, 0.4, 8)
+    memory = gpu.tensor(torch.randn(2 * 11 * 12 * channels + offset).to(dtype))
+    x = memory[offset:].view(2, 11, 12, channels).permute(0, 3, 1, 2)
+    dense = weight.to_dense().double().view(36, channels, 3, 3)
+    for sizes in ({"padding": (1, 1)}, {"padding": (2, 0), "stride": (2, 1), "dilation": (1, 2)}):
+        y = ops.conv2d(x, gpu.weight(weight, layout, 9), kernel_size=(3, 3), **sizes)
+        assert relative_error(y.cpu(), F.conv2d(x.cpu().double(), dense, **sizes)) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+@pytest.mark.parametrize(("M", "groups"), [(96, 2), (48, 3), (288, 2), (60, 3)])
+def test_groups_on_tensor_cores(
+    gpu: Gpu,
+    any_way: None,
+    memory_format: torch.memory_format,
+    layout: Layout,
+    M: int,
+    groups: int,
+) -> None:
+    _native.force_way("direct")
+    weight = random_weight(M, 16 * 9, 0.4, 8)
+    x = torch.randn(2, 16 * groups, 5, 6).bfloat16()
+    bias = torch.randn(M)
+    filters = weight.to_dense().double().view(M, 16, 3, 3)
+    wanted = F.conv2d(x.double(), filters, bias.double(), padding=1, groups=groups)
+    taps = 9 if memory_format == torch.channels_last else 1
+    y = ops.conv2d(
+        gpu.tensor(x).contiguous(memory_format=memory_format),
+        gpu.weight(weight, layout, taps),
+        gpu.tensor(bias),
+        kernel_size=(3, 3),
+        padding=(1, 1),
+        groups=groups,
+    )
+    assert relative_error(y.cpu(), wanted) < 1.2e-2
+
+
+def test_the_work_of_a_convolution_chooses_the_way() -> None:
+    def small(shape: tuple[int, ...], M: int, kernel: int, form: torch.memory_format) -> bool:
+        batch, channels, height, width = shape
+        taps = kernel**2 if form == torch.channels_last else 1
+        weight = common.weight(*common.arrays(random_weight(M, channels * kernel**2, 0.3, 8)))
+        weight = weight._replace(layout=Layout.PAIRS, taps=taps)
+        x = torch.empty(shape, dtype=torch.bfloat16).contiguous(memory_format=form)
+        shape = _native.ConvShape(
+            batch, 1, channels, height, width, height, width, kernel, kernel, 1, 1, 1, 1, 1, 1
+        )
+        return device._is_small(weight, shape, x)
+
+    deep, early = ((1, 512, 14, 14), 512, 3), ((1, 64, 224, 224), 64, 3)
+    assert small(*deep, torch.channels_last)
+    assert not small(*deep, torch.contiguous_format)
+    assert not small(*early, torch.channels_last)
+    assert small((1, 64, 14, 14), 64, 3, torch.contiguous_format)
+    assert not small((1, 18, 40, 40), 512, 3, torch.channels_last)  # 18 channels: no 16 bytes
+
+
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+def test_taps_belong_to_one_kernel_size(gpu: Gpu, layout: Layout) -> None:
+    weight = gpu.weight(random_weight(5, 36, 0.4, 8), layout, 9)
+    x = gpu.tensor(torch.randn(1, 9, 4, 4))
+    with pytest.raises(ValueError, match=r"lie by 9 taps, but kernel_size \(2, 2\) has 4"):
+        ops.conv2d(x, weight, kernel_size=(2, 2))
+    with pytest.raises(ValueError, match="linear: the weight's columns lie by the 9 taps"):
+        ops.linear(gpu.tensor(torch.randn(1, 36)), weight)
+
+
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+def test_a_layer_in_channels_last_has_its_columns_tap_by_tap(gpu: Gpu, layout: Layout) -> None:
+    dense = torch.nn.Conv2d(16, 20, 3, padding=1).to(memory_format=torch.channels_last)
+    layer = pk.QuantSparseConv2d.from_float(dense, pk.CompressConfig(bits=8, threshold=0.03))
+    portable = layer.state_dict()
+    weight = layer.weight
+    assert weight.taps == 1  # the CPU has one order
+    layer.to(gpu.device)
+    layer.weight = gpu.weight(weight, layout)
+    assert layer.weight.taps == 9
+    x = gpu.tensor(torch.randn(2, 16, 5, 5).bfloat16()).contiguous(
+        memory_format=torch.channels_last
+    )
+    y = layer.bfloat16()(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    wanted = F.conv2d(x.cpu().double(), weight.to_dense().double().view(20, 16, 3, 3), None, 1, 1)
+    wanted += dense.bias.double().view(-1, 1, 1)
+    assert relative_error(y.cpu(), wanted) < 1.2e-2
+    for name in ("row_ptr", "positions", "codes"):
+        assert torch.equal(layer.state_dict()[name].cpu(), portable[name])
+    filters = layer.float().to_dense().weight
+    assert filters.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(copy.deepcopy(layer).to_dense().weight, filters)
 
 
 @pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
@@ -66,12 +185,14 @@ def test_splits_of_the_columns_add_up(
     memory_format: torch.memory_format,
 ) -> None:
     weight = random_weight(40, 64 * 9, 0.4, 8)
+    taps = 9 if memory_format == torch.channels_last else 1
     x = torch.randn(1, 64, 5, 6).bfloat16()
     wanted = F.conv2d(x.double(), weight.to_dense().double().view(40, 64, 3, 3), padding=1)
     image = gpu.tensor(x).contiguous(memory_format=memory_format)
     for splits in (1, 2, 3):
         monkeypatch.setattr(device, "_matmul_splits", lambda *_, s=splits: s)
-        y = ops.conv2d(image, gpu.weight(weight, layout), kernel_size=(3, 3), padding=(1, 1))
+        moved = gpu.weight(weight, layout, taps)
+        y = ops.conv2d(image, moved, kernel_size=(3, 3), padding=(1, 1))
         assert relative_error(y.cpu(), wanted) < 1.2e-2
 
 
@@ -133,7 +254,13 @@ def test_filters_are_decoded_in_the_order_of_the_image(
 ) -> None:
     weight = random_weight(20, channels * kernel[0] * kernel[1], 0.4, 8, codebooks=G)
     native = common.weight(*common.arrays(gpu.weight(weight, layout)))
+    by_tap = gpu.weight(weight, layout, kernel[0] * kernel[1])
     shape = _native.ConvShape(1, 1, channels, 9, 9, 1, 1, *kernel, 1, 1, 0, 0, 1, 1)
+    x = gpu.tensor(torch.zeros(1, channels, 9, 9, dtype=dtype))
+    tapped = common.weight(*common.arrays(by_tap))
+    ((_, _, filters, _),) = device.group_slices(tapped, shape, x)
+    assert torch.equal(filters.cpu(), weight.to_dense(dtype).view(20, channels, *kernel))
+    assert filters.is_contiguous(memory_format=torch.channels_last)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.zeros(1, channels, 9, 9, dtype=dtype).contiguous(memory_format=memory_format)
         ((_, _, filters, _),) = device.group_slices(native, shape, gpu.tensor(x))

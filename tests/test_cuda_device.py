@@ -29,12 +29,15 @@ LAYOUTS = [Layout.DENSE, Layout.PAIRS]
 BUSY = 50_000_000  # cycles, some hundredths of a second
 
 
-def on_gpu(weight: QuantSparseWeight, layout: Layout | None = None) -> QuantSparseWeight:
+def on_gpu(
+    weight: QuantSparseWeight, layout: Layout | None = None, taps: int = 1
+) -> QuantSparseWeight:
     layout = weight.best_layout("cuda") if layout is None else layout
-    packed = weight.to_layout(layout)
+    packed = weight.to_layout(layout, taps)
     arrays = (packed.row_ptr, packed.positions, packed.codes, packed.codebook)
+    on_device = (array.cuda() for array in arrays)
     return QuantSparseWeight.trusted(
-        weight.shape, weight.bits, layout, weight.nnz, *(array.cuda() for array in arrays)
+        weight.shape, weight.bits, layout, weight.nnz, *on_device, packed.taps
     )
 
 
@@ -63,14 +66,17 @@ def linear_runs(layout: Layout) -> dict[str, Callable[[], Any]]:
 
 def conv_runs(layout: Layout) -> dict[str, Callable[[], Any]]:
     """Calls of conv2d, of few pixels and of many."""
-    weight = on_gpu(random_weight(24, 8 * 9, 0.4, 8), layout)
+    portable = random_weight(24, 8 * 9, 0.4, 8)
     runs: dict[str, Callable[[], Any]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for size in (5, 40):
-            x = torch.randn(2, 8, size, size, device="cuda", dtype=dtype)
-            runs[f"conv2d {dtype} {size}"] = lambda x=x: ops.conv2d(
-                x, weight, kernel_size=(3, 3), padding=(1, 1)
-            )
+    for form, taps in ((torch.contiguous_format, 1), (torch.channels_last, 9)):
+        weight = on_gpu(portable, layout, taps)
+        for dtype in (torch.float32, torch.bfloat16):
+            for size in (5, 40):
+                x = torch.randn(2, 8, size, size, device="cuda", dtype=dtype)
+                x = x.contiguous(memory_format=form)
+                runs[f"conv2d {dtype} {size} {form}"] = lambda x=x, weight=weight: ops.conv2d(
+                    x, weight, kernel_size=(3, 3), padding=(1, 1)
+                )
     return runs
 
 

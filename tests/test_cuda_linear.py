@@ -153,18 +153,20 @@ def test_blocks_that_share_a_sum_run_at_once(
         pytest.skip("a real device holds what its registers allow")
     K = 64 * 80  # 80 units, 21 windows
 
-    def splits(M: int, N: int, image: bool = False) -> int:
+    def splits(M: int, N: int, groups: int = 0) -> int:
         _native.matmul_splits.cache_clear()
-        return _native.matmul_splits(M, K, 8, layout, torch.bfloat16, N, image, 0)
+        return _native.matmul_splits(M, K, 8, layout, torch.bfloat16, N, groups, 0)
 
-    # Four multiprocessors, and of small blocks four on each.
-    assert splits(64, 16) == (16 if layout == Layout.DENSE else 12)  # pairs: three
+    # Four multiprocessors, and of small blocks four on each; pairs: three, but the twelfth would
+    # get none of the windows.
+    assert splits(64, 16) == (16 if layout == Layout.DENSE else 11)
     assert splits(2048, 16) == 1
     monkeypatch.setenv("PLACEKERN_EMULATED_SHARED", "101376")
     assert splits(64, 16) == 4
     assert splits(64, 64) == 4
     assert splits(64, 128) == 2  # another block for the other columns
-    assert splits(64, 16, image=True) >= 1
+    assert splits(64, 16, groups=1) >= 1
+    assert splits(64, 64, groups=4) == 1  # a block for each
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

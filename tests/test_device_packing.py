@@ -41,6 +41,33 @@ def test_what_goes_in_comes_out(
     assert torch.equal(back.codes, weight.codes)
 
 
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+@pytest.mark.parametrize(("channels", "taps"), [(40, 9), (7, 6), (300, 2), (1, 5)])
+def test_columns_tap_by_tap_are_those_of_a_filter_in_channels_last(
+    layout: Layout, channels: int, taps: int
+) -> None:
+    weight = random_weight(20, channels * taps, 0.4, 8)
+    filters = weight.to_dense().view(20, channels, taps).transpose(1, 2).reshape(20, -1)
+    packed = weight.to_layout(layout, taps)
+    assert (packed.layout, packed.taps) == (layout, taps)
+    reordered = QuantSparseWeight.from_dense(filters, weight.codebook).to_layout(layout)
+    assert torch.equal(packed.positions, reordered.positions)
+    assert torch.equal(packed.codes, reordered.codes)
+    for before, after in zip(weight.to_csr(), packed.to_csr(), strict=True):
+        assert torch.equal(before, after)
+    back = packed.to_layout(weight.layout, taps)
+    assert back.taps == 1
+    assert torch.equal(back.codes, weight.codes)
+    assert torch.equal(packed.to_layout(layout).positions, weight.to_layout(layout).positions)
+    assert packed.to_layout(layout, taps) is packed
+
+
+@pytest.mark.parametrize("taps", [0, -1, 4])
+def test_taps_divide_the_columns(taps: int) -> None:
+    with pytest.raises(ValueError, match=f"taps is {taps}, expected a divisor of K = 10"):
+        random_weight(3, 10, 0.4, 8).to_layout(Layout.DENSE, taps)
+
+
 @pytest.mark.parametrize("bits", [5, 8])
 @pytest.mark.parametrize("density", [0.05, 0.15, 0.3, 0.5, 0.9])
 def test_bytes_keep_to_the_budget(density: float, bits: int) -> None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
     "packing": set(),
+    "memory_format": set(),
     "codebook": set(),
     "proofs": {"packing", "codebook"},
     "device_packing": {"packing"},
@@ -27,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "device_backward": {"_native", "device"},
 }
 MAY_IMPORT["ops"] = MAY_IMPORT["weight"] | {"_native", "weight", "device", "device_backward"}
-MAY_IMPORT["module"] = MAY_IMPORT["weight"] | {"weight"}
+MAY_IMPORT["ops"] |= {"memory_format"}
+MAY_IMPORT["module"] = MAY_IMPORT["weight"] | {"weight", "memory_format"}
 MAY_IMPORT["nn"] = MAY_IMPORT["module"] | {"module", "ops"}
 MAY_IMPORT["tables"] = set()
 MAY_IMPORT["io"] = MAY_IMPORT["nn"] | {"nn", "reference", "tables", "_version"}

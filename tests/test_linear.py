@@ -153,7 +153,7 @@ def test_autocast_keeps_the_codebook_exact() -> None:
 def test_opcheck(density: float, relu: bool) -> None:
     weight = random_weight(6, 140, density, 5)
     arrays = (weight.row_ptr, weight.positions, weight.codes)
-    sizes = (140, 5, int(weight.layout))
+    sizes = (140, 5, int(weight.layout), 1)
     codebook = weight.codebook.clone().requires_grad_()
     x = torch.randn(2, 3, 140, requires_grad=True)
     bias = torch.randn(6, requires_grad=True)
@@ -220,7 +220,8 @@ def test_bare_arrays_that_cannot_be_a_weight_are_refused(
 ) -> None:
     weight = random_weight(8, 80, 0.5, 5)
     names = ("row_ptr", "positions", "codes", "codebook")
-    arrays = {name: getattr(weight, name) for name in names} | {"K": 80, "bits": 5, "layout": 0}
+    arrays = {name: getattr(weight, name) for name in names}
+    arrays |= {"K": 80, "bits": 5, "layout": 0, "taps": 1}
     with pytest.raises(ValueError, match=message):
         torch.ops.placekern.linear(torch.zeros(1, 80), **(arrays | changes), bias=None, relu=False)
 

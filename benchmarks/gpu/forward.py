@@ -129,9 +129,10 @@ def _conv2d(bench: Bench, network: str, shape: ConvShape, layer: Layer, batch: i
     x = randn(bench, batch, shape.channels, shape.size, shape.size, dtype=torch.bfloat16)
     sizes = {"stride": (shape.stride,) * 2, "padding": (shape.padding,) * 2, "groups": shape.groups}
 
-    def compressed(x: Tensor) -> Callable[[], Tensor]:
+    def compressed(x: Tensor, form: torch.memory_format) -> Callable[[], Tensor]:
         kernel = (shape.kernel, shape.kernel)
-        return lambda: ops.conv2d(x, layer.weight, kernel_size=kernel, **sizes)
+        own = layer.by_tap(shape.kernel**2) if form == torch.channels_last else layer
+        return lambda: ops.conv2d(x, own.weight, kernel_size=kernel, **sizes)
 
     def dense(x: Tensor, w: Tensor) -> Callable[[], Tensor]:
         return lambda: F.conv2d(x, w, **sizes)
@@ -140,7 +141,7 @@ def _conv2d(bench: Bench, network: str, shape: ConvShape, layer: Layer, batch: i
     ours, peers, errors = {}, {}, []
     for name, form in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
         formed = x.contiguous(memory_format=form)
-        ours[f"ours, {name}"] = compressed(formed)
+        ours[f"ours, {name}"] = compressed(formed, form)
         peers[f"dense {name}"] = dense(formed, filters.bfloat16().contiguous(memory_format=form))
         errors.append(bench.check(name, ours[f"ours, {name}"](), expected, 1.2e-2))
     return bench.compare(

@@ -24,7 +24,12 @@ class Layer:
     """A weight [M, K] on a device in a GPU layout, and the few rows on the CPU that it repeats."""
 
     def __init__(
-        self, rows: QuantSparseWeight, repeats: int, device: torch.device, layout: Layout | None
+        self,
+        rows: QuantSparseWeight,
+        repeats: int,
+        device: torch.device,
+        layout: Layout | None,
+        taps: int = 1,
     ) -> None:
         self._rows = rows
         self._repeats = repeats
@@ -32,7 +37,7 @@ class Layer:
         if layout is None:
             layout = choose_device_layout(M, K, rows.nnz * repeats, rows.bits)
         self.device = device
-        self.weight = _repeated(_moved(rows.to_layout(layout), device), repeats)
+        self.weight = _repeated(_moved(rows.to_layout(layout, taps), device), repeats)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dense weight [M, K]."""
@@ -49,6 +54,10 @@ class Layer:
     def in_layout(self, layout: Layout) -> Layer:
         """The same layer in another layout."""
         return Layer(self._rows, self._repeats, self.device, layout)
+
+    def by_tap(self, taps: int) -> Layer:
+        """The same layer in the same layout, for a convolution of images in channels_last."""
+        return Layer(self._rows, self._repeats, self.device, self.weight.layout, taps)
 
 
 def make_layer(
@@ -80,7 +89,12 @@ def _moved(weight: QuantSparseWeight, device: torch.device) -> QuantSparseWeight
     # `to` would take the layout that is best on the device.
     arrays = (weight.row_ptr, weight.positions, weight.codes, weight.codebook)
     return QuantSparseWeight.trusted(
-        weight.shape, weight.bits, weight.layout, weight.nnz, *(a.to(device) for a in arrays)
+        weight.shape,
+        weight.bits,
+        weight.layout,
+        weight.nnz,
+        *(a.to(device) for a in arrays),
+        weight.taps,
     )
 
 
@@ -114,6 +128,7 @@ def _repeated(weight: QuantSparseWeight, times: int) -> QuantSparseWeight:
         torch.cat([*parts, padding]),
         torch.cat([codes.repeat(times), padding]),
         weight.codebook,
+        weight.taps,
     )
 
 

@@ -22,7 +22,7 @@ from benchmarks.shapes import ConvShape
 from placekern import _native, device, device_backward, ops
 from placekern.packing import Layout
 
-MANY = 1 << 30
+MANY = 1 << 60
 
 
 @contextmanager
@@ -30,7 +30,8 @@ def forced(way: str, splits: int | None = None) -> Iterator[None]:
     """Holds the choice of device.py: "direct", "matmul" or "slices", with so many splits."""
     columns = {"_DIRECT_COLUMNS": MANY, "_EXACT_COLUMNS": MANY}
     if way != "direct":
-        columns = {"_DIRECT_COLUMNS": 0, "_MATMUL_COLUMNS": MANY, "_MATMUL_PIXELS": MANY}
+        columns = {"_DIRECT_COLUMNS": 0, "_MATMUL_COLUMNS": MANY}
+        columns |= {"_COPIED_PRODUCTS": MANY, "_GATHERED_PRODUCTS": MANY}
     settings: dict[str, Any] = dict(columns)
     if splits is not None:
         settings |= {name: lambda *_: splits for name in ("_direct_splits", "_matmul_splits")}
@@ -76,7 +77,7 @@ def sweep(bench: Bench) -> None:
         _ways(bench, layer, {"bits": bits, "density": density})
         _splits(bench, layer, {"bits": bits, "density": density})
     _layouts(bench)
-    _pixels(bench)
+    _convolutions(bench)
     _backward_rows(bench)
 
 
@@ -124,26 +125,35 @@ def _layouts(bench: Bench) -> None:
                 _record(bench, "layout", case, runs)
 
 
-def _pixels(bench: Bench) -> None:
-    """Tensor cores on windows of the image, or slices for the dense library: over the pixels."""
-    shapes = [s for s in (*VGG16, *ALEXNET) if s.name in ("conv3_2", "conv4_2", "conv5_2", "conv3")]
+def _convolutions(bench: Bench) -> None:
+    """Tensor cores on windows of the image, or slices for the dense library: over the work."""
+    named = ("conv2_1", "conv3_2", "conv4_1", "conv4_2", "conv5_2", "conv2", "conv3")
+    shapes = [s for s in (*VGG16, *ALEXNET) if s.name in named]
     if bench.emulated:
         shapes = [bench.sizes.networks["Small"][1]]
     for shape in shapes:
-        layer = make_layer(shape.M, shape.channels * shape.kernel**2, 0.3, 8, bench.device)
+        K = shape.channels // shape.groups * shape.kernel**2
+        layer = make_layer(shape.M, K, 0.3, 8, bench.device)
         for batch in (1, 2, 4):
-            if not bench.in_time(f"pixels of {shape.name}, batch {batch}"):
+            if not bench.in_time(f"way of {shape.name}, batch {batch}"):
                 return
-            run = _conv2d(bench, layer, shape, batch)
-            runs = {way: held(run, way) for way in ("matmul", "slices")}
-            case = {"layer": shape.name, "batch": batch, "pixels": batch * shape.size**2}
+            runs = {}
+            for name, own in (("NCHW", layer), ("NHWC", layer.by_tap(shape.kernel**2))):
+                run = _conv2d(bench, own, shape, batch)
+                runs |= {f"{way}, {name}": held(run, way) for way in ("matmul", "slices")}
+            products = shape.M * K * batch * shape.size**2
+            case = {"layer": shape.name, "batch": batch, "million products": products // 10**6}
             _record(bench, "way of conv2d", case, runs)
 
 
 def _conv2d(bench: Bench, layer: Layer, shape: ConvShape, batch: int) -> Run:
     size = (batch, shape.channels, shape.size, shape.size)
-    x = randn(bench, *size, dtype=torch.bfloat16)
+    last = layer.weight.taps > 1
+    x = randn(bench, *size, dtype=torch.bfloat16).contiguous(
+        memory_format=torch.channels_last if last else torch.contiguous_format
+    )
     sizes = {"kernel_size": (shape.kernel,) * 2, "padding": (shape.padding,) * 2}
+    sizes["groups"] = shape.groups
     return lambda: ops.conv2d(x, layer.weight, **sizes)
 
 

@@ -49,6 +49,8 @@ struct DeviceWeight {
     const uint8_t* codes;
     Vector codebook;     // [codebooks, 2^bits]
     int64_t group_size;  // rows that share a codebook; M when there is one
+    int taps;  // of a filter whose columns lie tap by tap, k = tap * (K / taps) + channel;
+               // 1: as a linear layer has them, or k = channel * (K / channels) + tap
 
     PK_HOST_DEVICE bool one_codebook() const { return group_size >= M; }
     // Where the codebook of a row starts, in entries.
@@ -79,8 +81,8 @@ struct DeviceWeight {
 };
 
 // X [K, N]. As rows: column n is x[n, :], K contiguous elements on 16 bytes, zeros behind K up to
-// the next multiple of 64. As an image: n counts output pixels (batch, row, column), and
-// k = (channel * kernel_h + ky) * kernel_w + kx of an image [batch, channels, height, width].
+// the next multiple of 64. As an image: n counts output pixels (batch, row, column), and k the
+// channels and taps (ky, kx) of an image [batch, channels, height, width], in the weight's order.
 struct Source {
     const void* x;
     Dtype dtype;
@@ -88,6 +90,7 @@ struct Source {
     bool image;
     ConvShape shape;
     int stride_n, stride_c, stride_h, stride_w;  // of the image, in elements
+    bool vectors;                                // image: see has_vectors in source.cuh
 };
 
 // y[n, m] lies at (n / pixels) * image_stride + (n % pixels) * pixel_stride + m * row_stride.

@@ -39,7 +39,8 @@ PYBIND11_MODULE(_cuda, m) {
 
     py::class_<DeviceWeight>(m, "Weight", py::module_local())
         .def(py::init([](int64_t M, int64_t K, int bits, int layout, uintptr_t positions,
-                         uintptr_t codes, uintptr_t codebook, int dtype, int64_t group_size) {
+                         uintptr_t codes, uintptr_t codebook, int dtype, int64_t group_size,
+                         int taps) {
             return DeviceWeight{M,
                                 K,
                                 bits,
@@ -47,7 +48,8 @@ PYBIND11_MODULE(_cuda, m) {
                                 address<const uint8_t>(positions),
                                 address<const uint8_t>(codes),
                                 {address(codebook), static_cast<Dtype>(dtype)},
-                                group_size};
+                                group_size,
+                                taps};
         }));
     py::class_<Output>(m, "Output", py::module_local())
         .def(py::init([](uintptr_t y, int dtype, uintptr_t bias, int bias_dtype, bool relu,
@@ -76,7 +78,8 @@ PYBIND11_MODULE(_cuda, m) {
         }));
     py::class_<Source>(m, "Source", py::module_local())
         .def(py::init([](uintptr_t x, int dtype, int64_t stride) {
-            return Source{address(x), static_cast<Dtype>(dtype), stride, false, {}, 0, 0, 0, 0};
+            return Source{address(x), static_cast<Dtype>(dtype), stride, false, {}, 0, 0, 0, 0,
+                          false};
         }))
         .def(py::init(
             [](uintptr_t x, int dtype, const ConvShape& shape, const std::array<int, 4>& strides) {
@@ -84,7 +87,7 @@ PYBIND11_MODULE(_cuda, m) {
                               0,          true,
                               shape,      strides[0],
                               strides[1], strides[2],
-                              strides[3]};
+                              strides[3], false};
             }));
 
     m.def(
@@ -98,9 +101,9 @@ PYBIND11_MODULE(_cuda, m) {
            uintptr_t stream) { return matmul({weight, source, out}, {device, stream}); },
         Released());
     m.def("matmul_splits", [](int64_t M, int64_t K, int bits, int layout, int dtype, int64_t N,
-                              bool image, int device) {
-        const DeviceWeight weight = {M, K, bits, static_cast<Layout>(layout), {}, {}, {}, M};
-        return matmul_splits(weight, static_cast<Dtype>(dtype), N, image, device);
+                              int groups, int device) {
+        const DeviceWeight weight = {M, K, bits, static_cast<Layout>(layout), {}, {}, {}, M, 1};
+        return matmul_splits(weight, static_cast<Dtype>(dtype), N, groups, device);
     });
     m.def(
         "decode",

@@ -151,8 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient(CodebookGradientCall cal
         if (threadIdx.x == 0) fill_item<kPairs, kSpan<T>>(item, call, i);
         __syncthreads();
         if (call.source.image)
-            fill_taps(&at<Tap>(placekern_shared, kTaps), kTile, item.column0, weight.K,
-                      call.source);
+            fill_taps(&at<Tap>(placekern_shared, kTaps), kTile, item.column0, weight, call.source);
         fill_points<T>(call, item, 0);
         __syncthreads();
         // A stage is fetched while the one before it is multiplied; behind the last come zeros.

@@ -153,26 +153,34 @@ __device__ __forceinline__ void for_escapes(const DeviceWeight& weight, int64_t 
 }
 
 // Dense: which of the units first, first + kStep, ... before `end` have escapes, `ptr` being where
-// those of unit 0 start. A warp looks at 32 units at once, and at the first 32 when this is made:
-// asked unit by unit, nearly all would wait for nothing.
+// those of unit 0 start. A warp looks at 32 units at once, and 32 units ahead: asked unit by unit,
+// nearly all would wait for nothing.
 template <int kStep>
 class EscapedUnits {
   public:
+    EscapedUnits() = default;
     __device__ __forceinline__ EscapedUnits(const int* ptr, int first, int end, int lane)
         : ptr_(ptr), first_(first), end_(end), lane_(lane) {
         look();
     }
 
-    // Calls f(unit), the same in every lane of the warp, in ascending order.
+    // A bit for each of the next 32 units, the same in every lane of the warp.
+    __device__ __forceinline__ unsigned next() {
+        const unsigned found = __ballot_sync(0xffffffffu, begin_ != stop_);
+        first_ += 32 * kStep;
+        look();
+        return found;
+    }
+
+    // Calls f(unit) for those that have, the same in every lane of the warp, in ascending order.
     template <class F>
     __device__ __forceinline__ void visit(F f) {
 #pragma unroll 1
         while (first_ < end_) {
-            unsigned found = __ballot_sync(0xffffffffu, begin_ != stop_);
+            const int first = first_;
 #pragma unroll 1
-            for (; found != 0; found &= found - 1) f(first_ + (__ffs(found) - 1) * kStep);
-            first_ += 32 * kStep;
-            look();
+            for (unsigned found = next(); found != 0; found &= found - 1)
+                f(first + (__ffs(found) - 1) * kStep);
         }
     }
 

@@ -15,18 +15,20 @@
 namespace placekern::cuda {
 namespace {
 
-// Calls f with the kernel for `tiles` times 8 columns, the rows of a block and its shared memory;
-// `ring`: copies do not wait on the device.
+// Calls f with the kernel for `tiles` times 8 columns, how many blocks have all rows, and the
+// shared memory of each; `ring`: copies do not wait on the device.
 template <int kWidth, int kTiles, class T, class F>
 void with_kernel(const MatmulArgs& args, bool ring, F f) {
     const int splits = args.out.splits;
     const auto share = [splits](int64_t steps) { return (steps + splits - 1) / splits; };
     if (args.weight.layout == Layout::kDense) {
-        f(matmul_dense<kWidth, kTiles, T>, kWarps * kBlocks<kTiles, T> * kUnitRows,
+        constexpr int kRows = kWarps * kBlocks<kTiles, T> * kUnitRows;
+        f(matmul_dense<kWidth, kTiles, T>, BlockRows<kRows>::blocks(args),
           DenseShared<kWidth, kTiles, T>::bytes(args.source.image, share(args.weight.units()),
                                                 ring));
     } else {
-        f(matmul_pairs<kWidth, kTiles, T>, kWarps * kPairsBlocks<kTiles, T> * kUnitRows,
+        constexpr int kRows = kWarps * kPairsBlocks<kTiles, T> * kUnitRows;
+        f(matmul_pairs<kWidth, kTiles, T>, BlockRows<kRows>::blocks(args),
           PairsShared<kWidth, kTiles, T>::bytes(args.source.image, share(args.weight.windows())));
     }
 }
@@ -63,7 +65,8 @@ int fitting_tiles(const MatmulArgs& args, bool ring, int device) {
     const int64_t N = args.out.N;
     for (int tiles = N <= 16 ? 2 : N <= 32 ? 4 : 8; tiles >= 2; tiles /= 2) {
         bool fits = false;
-        with_kernel(args, ring, tiles, [&](auto, int, size_t shared) { fits = shared <= limit; });
+        with_kernel(args, ring, tiles,
+                    [&](auto, int64_t, size_t shared) { fits = shared <= limit; });
         if (fits) return tiles;
     }
     return 0;
@@ -71,17 +74,25 @@ int fitting_tiles(const MatmulArgs& args, bool ring, int device) {
 
 }  // namespace
 
-bool matmul(const MatmulArgs& args, const Queue& queue) {
+bool matmul(const MatmulArgs& asked, const Queue& queue) {
+    MatmulArgs args = asked;
     const Output& out = args.out;
     PK_CHECK(args.weight.one_codebook(), "matmul: group_size is ", args.weight.group_size,
              " of M = ", args.weight.M, ", expected one codebook; decode the weight instead");
     if (out.N == 0 || out.M == 0) return true;
-    if (args.source.image && !has_taps(args.source.shape)) return false;
+    if (args.source.image) {
+        const ConvShape& shape = args.source.shape;
+        // In the dense layout 16 rows are read at once.
+        const bool apart = shape.groups == 1 || args.weight.layout == Layout::kPairs ||
+                           args.weight.M / shape.groups % kUnitRows == 0;
+        if (!has_taps(shape) || !apart) return false;
+    }
+    args.source.vectors = has_vectors(args.weight, args.source);
     const bool ring = attribute(cudaDevAttrComputeCapabilityMajor, queue.device) >= 8;
     const int tiles = fitting_tiles(args, ring, queue.device);
     if (tiles == 0) return false;
-    with_kernel(args, ring, tiles, [&](auto kernel, int rows, size_t shared) {
-        const dim3 grid(static_cast<unsigned>((out.M + rows - 1) / rows),
+    with_kernel(args, ring, tiles, [&](auto kernel, int64_t row_blocks, size_t shared) {
+        const dim3 grid(static_cast<unsigned>(row_blocks),
                         static_cast<unsigned>((out.N + 8 * tiles - 1) / (8 * tiles)),
                         static_cast<unsigned>(out.splits));
         launch(queue, kernel, grid, kWarps * kWarp, shared, args, "matmul, M = ", out.M,
@@ -91,36 +102,40 @@ bool matmul(const MatmulArgs& args, const Queue& queue) {
     return true;
 }
 
-int matmul_splits(const DeviceWeight& weight, Dtype dtype, int64_t N, bool image, int device) {
+int matmul_splits(const DeviceWeight& weight, Dtype dtype, int64_t N, int groups, int device) {
     // Beyond four blocks a multiprocessor has enough loads on their way, and partial sums only
     // grow.
     constexpr int64_t kMostResident = 4;
     MatmulArgs args = {};
     args.weight = weight;
     args.source.dtype = dtype;
-    args.source.image = image;
+    args.source.image = groups > 0;
+    args.source.shape.groups = groups;
     args.out.N = N;
     const bool ring = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 8;
     const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
     // A block of the dense layout has four units at least, so that its prologue is worth it.
-    const int64_t steps = weight.layout == Layout::kDense ? weight.units() / 4 : weight.windows();
+    const bool dense = weight.layout == Layout::kDense;
+    const int64_t steps = std::max<int64_t>(dense ? weight.units() : weight.windows(), 1);
+    const int64_t most = dense ? steps / 4 : steps;
     int best = 1;
     size_t known_shared = 0;  // bytes that `resident` is about
     int64_t resident = 0;
-    for (args.out.splits = 1; args.out.splits <= steps; ++args.out.splits) {
+    for (args.out.splits = 1; args.out.splits <= most; ++args.out.splits) {
         const int tiles =
             fitting_tiles(args, ring, device);  // an image's grow with the steps of a block
         int64_t blocks = args.out.splits;
         if (tiles == 0) continue;
-        with_kernel(args, ring, tiles, [&](auto kernel, int rows, size_t shared) {
-            blocks *= (weight.M + rows - 1) / rows * ((N + 8 * tiles - 1) / (8 * tiles));
+        with_kernel(args, ring, tiles, [&](auto kernel, int64_t row_blocks, size_t shared) {
+            blocks *= row_blocks * ((N + 8 * tiles - 1) / (8 * tiles));
             if (shared != known_shared) resident = resident_blocks(kernel, shared, device);
             known_shared = shared;
         });
         if (blocks <= std::min(resident, kMostResident) * multiprocessors) best = args.out.splits;
         if (blocks > kMostResident * multiprocessors) break;
     }
-    return best;
+    const int64_t share = (steps + best - 1) / best;
+    return static_cast<int>((steps + share - 1) / share);  // those that get any
 }
 
 }  // namespace placekern::cuda

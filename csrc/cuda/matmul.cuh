@@ -11,6 +11,35 @@ namespace {
 
 constexpr int kWarps = 4;
 
+// The rows of a block: kRows, all of one group of a convolution.
+template <int kRows>
+struct BlockRows {
+    int64_t first, end;
+    int group;
+
+    __device__ static BlockRows of(const MatmulArgs& args) {
+        const int64_t M = args.weight.M;
+        const int groups = groups_of(args.source);
+        if (groups == 1) return {static_cast<int64_t>(blockIdx.x) * kRows, M, 0};
+        const int per_group = static_cast<int>(M) / groups;
+        const int blocks = (per_group + kRows - 1) / kRows;
+        const int group = static_cast<int>(blockIdx.x) / blocks;
+        const int block = static_cast<int>(blockIdx.x) % blocks;
+        return {group * per_group + block * kRows, (group + 1) * per_group, group};
+    }
+
+    // As many blocks as it takes.
+    static int64_t blocks(const MatmulArgs& args) {
+        const int groups = groups_of(args.source);
+        return groups * ((args.weight.M / groups + kRows - 1) / kRows);
+    }
+
+  private:
+    PK_HOST_DEVICE static int groups_of(const Source& source) {
+        return source.image ? static_cast<int>(source.shape.groups) : 1;
+    }
+};
+
 // The 32 elements of a lane, as bits of T, to the operands of the steps of a unit.
 template <class T>
 struct Operand {
@@ -97,57 +126,54 @@ struct Staged {
     static constexpr size_t kBytes = kColumns * kStride * sizeof(float);
 };
 
-// Writes the sums of a block. They go through shared memory where they go to y, so that the code
-// for places, ReLU and types stands once, in a loop, and not once for each of up to 64 sums of a
-// lane.
-template <int kTiles, int kRowBlocks>
-__device__ __forceinline__ void write(const float (&sums)[kRowBlocks][kTiles][4], const Output& out,
-                                      int64_t n0, int lane, int warp) {
-    using Staged = Staged<kTiles, kRowBlocks>;
-    const int64_t m0 = static_cast<int64_t>(blockIdx.x) * Staged::kRows;
-    const int rows = static_cast<int>(min(out.M - m0, int64_t{Staged::kRows}));
-    const int columns = static_cast<int>(min(out.N - n0, int64_t{Staged::kColumns}));
+// Calls f(n, m, i, sum) for each sum of a lane: column and row within the block, and which of the
+// lane's rows that is.
+template <int kTiles, int kRowBlocks, class F>
+__device__ __forceinline__ void for_sums(const float (&sums)[kRowBlocks][kTiles][4], int lane,
+                                         int warp, F f) {
     const int own_row = warp * kRowBlocks * kUnitRows + lane / 4;
     const int own_column = lane % 4 * 2;
-    if (out.splits > 1) {
-        const int step_n = rows_together(out) ? static_cast<int>(out.M) : 1;
-        const int step_m = rows_together(out) ? 1 : static_cast<int>(out.N);
-        float* const to = out.partial + blockIdx.z * out.M * out.N + n0 * step_n + m0 * step_m;
-#pragma unroll
-        for (int block = 0; block < kRowBlocks; ++block) {
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    const int n = own_column + t * 8 + r % 2;
-                    const int m = own_row + block * kUnitRows + r / 2 * 8;
-                    if (n < columns && m < rows)
-                        to[int64_t{n} * step_n + int64_t{m} * step_m] = sums[block][t][r];
-                }
-            }
-        }
-        return;
-    }
-    float bias[kRowBlocks][2];
-#pragma unroll
-    for (int i = 0; i < 2 * kRowBlocks; ++i) {
-        const int m = own_row + i * 8;
-        bias[i / 2][i % 2] = m < rows ? bias_of(out, m0 + m) : 0.0f;
-    }
-    auto* const staged = reinterpret_cast<float*>(placekern_shared);
-    __syncthreads();  // nobody reads a table or a tile any more
 #pragma unroll
     for (int block = 0; block < kRowBlocks; ++block) {
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                const int n = own_column + t * 8 + r % 2;
-                const int m = own_row + block * kUnitRows + r / 2 * 8;
-                staged[n * Staged::kStride + m] = sums[block][t][r] + bias[block][r / 2];
+                const int i = 2 * block + r / 2;
+                f(own_column + t * 8 + r % 2, own_row + i * 8, i, sums[block][t][r]);
             }
         }
     }
+}
+
+// Writes the sums of a block, whose rows begin at m0 and end before m_end. They go through shared
+// memory where they go to y, so that the code for places, ReLU and types stands once, in a loop,
+// and not once for each of up to 64 sums of a lane.
+template <int kTiles, int kRowBlocks>
+__device__ __forceinline__ void write(const float (&sums)[kRowBlocks][kTiles][4], const Output& out,
+                                      int64_t m0, int64_t m_end, int64_t n0, int lane, int warp) {
+    using Staged = Staged<kTiles, kRowBlocks>;
+    const int rows = static_cast<int>(min(m_end - m0, int64_t{Staged::kRows}));
+    const int columns = static_cast<int>(min(out.N - n0, int64_t{Staged::kColumns}));
+    if (out.splits > 1) {
+        Partial to = Partial::of(out, static_cast<int>(blockIdx.z));
+        to.sums = &to.at(n0, m0);
+        for_sums(sums, lane, warp, [&](int n, int m, int, float sum) {
+            if (n < columns && m < rows) to.at(n, m) = sum;
+        });
+        return;
+    }
+    float bias[2 * kRowBlocks];
+#pragma unroll
+    for (int i = 0; i < 2 * kRowBlocks; ++i) {
+        const int m = warp * kRowBlocks * kUnitRows + lane / 4 + i * 8;
+        bias[i] = m < rows ? bias_of(out, m0 + m) : 0.0f;
+    }
+    auto* const staged = reinterpret_cast<float*>(placekern_shared);
+    __syncthreads();  // nobody reads a table or a tile any more
+    for_sums(sums, lane, warp, [&](int n, int m, int i, float sum) {
+        staged[n * Staged::kStride + m] = sum + bias[i];
+    });
     __syncthreads();
     // Neighbouring threads write neighbours of y.
     const bool together = rows_together(out);

@@ -100,39 +100,6 @@ class CodesAhead {
     int now_ = 0, next_ = 0;  // stages
 };
 
-// Which units of a block of rows have escapes, 32 at a time: most have none, and where they begin
-// and end would have to be read, and waited for, for each.
-class EscapesAhead {
-  public:
-    EscapesAhead() = default;
-    // `ptr`: of the first of `count` units.
-    __device__ EscapesAhead(const int* ptr, int count, int lane)
-        : ptr_(ptr), count_(count), lane_(lane) {
-        look(0);
-    }
-
-    // Whether unit i has any; asked for i = 0, 1, 2, ... by all lanes.
-    __device__ __forceinline__ bool of(int i) {
-        if (i % kWarp == 0) {
-            units_ = __ballot_sync(kFullWarp, begin_ != end_);
-            look(i + kWarp);
-        }
-        return units_ >> i % kWarp & 1;
-    }
-
-  private:
-    __device__ __forceinline__ void look(int i) {
-        const bool real = i + lane_ < count_;
-        begin_ = real ? __ldg(ptr_ + i + lane_) : 0;
-        end_ = real ? __ldg(ptr_ + i + lane_ + 1) : 0;
-    }
-
-    const int* ptr_;
-    int count_, lane_;
-    int begin_, end_;  // of unit `lane` of the next 32
-    unsigned units_ = 0;
-};
-
 template <int kWidth, int kTiles, class T>
 struct DenseShared {
     using Codes = CodesAhead<kWidth, kBlocks<kTiles, T>>;
@@ -148,8 +115,9 @@ struct DenseShared {
     // the unit kXTiles - 1 ahead for X and then of the one kStages - 1 ahead for the codes.
     static constexpr int kLatest = std::min(1 + 2 * (kXTiles - 2), 2 * (Codes::kStages - 2));
     static size_t bytes(bool image, int64_t units_per_split, bool ring) {
-        const size_t loop = kFixed + (ring ? kRing : 0) +
-                            (image ? units_per_split * kUnitColumns * sizeof(Tap) : 0);
+        const size_t loop =
+            kFixed + (ring ? kRing : 0) +
+            (image ? kColumns * sizeof(Pixel) + units_per_split * kUnitColumns * sizeof(Tap) : 0);
         return std::max(loop, Staged<kTiles, kBlocks<kTiles, T>>::kBytes);
     }
 };
@@ -163,11 +131,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
     auto* const entries = reinterpret_cast<uint32_t*>(placekern_shared);
     auto* const tiles = reinterpret_cast<T*>(placekern_shared + Table<kWidth>::kBytes);
     unsigned char* const rings = placekern_shared + Shared::kFixed;
-    auto* const taps = reinterpret_cast<Tap*>(rings + (copies_wait() ? Shared::kRing : 0));
+    auto* const pixels = reinterpret_cast<Pixel*>(rings + (copies_wait() ? Shared::kRing : 0));
+    auto* const taps = reinterpret_cast<Tap*>(pixels + Shared::kColumns);
     const int lane = threadIdx.x % kWarp;
     const int warp = threadIdx.x / kWarp;
     const int64_t n0 = static_cast<int64_t>(blockIdx.y) * Shared::kColumns;
-    const int64_t block0 = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kRowBlocks;
+    const auto block_rows = BlockRows<kWarps * kRowBlocks * kUnitRows>::of(args);
+    const int64_t block0 = block_rows.first / kUnitRows + warp * kRowBlocks;
     const int64_t units = weight.units();
     const int64_t per_split = (units + args.out.splits - 1) / args.out.splits;
     const int64_t first = per_split * blockIdx.z;
@@ -183,8 +153,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
     }
     const auto fill = [&](int i, int tile) {
         fill_tile<Shared::kColumns>(
-            tiles + tile * Shared::kTile, args.source, taps + i * kUnitColumns, n0, args.out.N,
-            (first + i) * kUnitColumns, weight.K, kUnitColumns, kUnitColumns);
+            tiles + tile * Shared::kTile, args.source, pixels, taps + i * kUnitColumns, n0,
+            args.out.N, (first + i) * kUnitColumns, weight.K, kUnitColumns, kUnitColumns);
     };
     // On their way while the table is filled; of an image, X needs taps first.
     Codes codes(rings + warp * Codes::kBytes, rows, lane);
@@ -196,17 +166,20 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
         if (c < min(count, Codes::depth())) codes.start();
         commit_copies();
     }
-    EscapesAhead escapes[kRowBlocks];
+    EscapedUnits<1> escapes[kRowBlocks];
+    unsigned escaped[kRowBlocks] = {};  // of the 32 units about this one
 #pragma unroll
     for (int b = 0; b < kRowBlocks; ++b)
-        escapes[b] = EscapesAhead(weight.escape_ptr() + first_unit[b], count, lane);
+        escapes[b] = EscapedUnits<1>(weight.escape_ptr() + first_unit[b], 0, count, lane);
     const int zero = zero_code(weight);
     const uint32_t escape = OperandBits<T>()(read(weight.codebook, zero));
     Table<kWidth>::fill(entries, weight, zero, OperandBits<T>());
     if (args.source.image && count > 0) {
-        fill_taps(taps, count * kUnitColumns, first * kUnitColumns, weight.K, args.source);
+        fill_pixels<Shared::kColumns>(pixels, n0, args.out.N, args.source, block_rows.group);
+        fill_taps(taps, count * kUnitColumns, first * kUnitColumns, weight, args.source);
         __syncthreads();
         for (int i = 0; i < min(count, Shared::kXTiles - 1); ++i) fill(i, i);
+        wait_for_copies();  // they are in no group
     }
     const auto table = Table<kWidth>::of(entries, lane);
 
@@ -227,7 +200,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
             uint32_t element[kUnitCodes];
 #pragma unroll
             for (int j = 0; j < kUnitCodes; ++j) element[j] = table.of(now[b], j);
-            if (escapes[b].of(i)) {
+            if (i % kWarp == 0) escaped[b] = escapes[b].next();
+            if (escaped[b] >> i % kWarp & 1) {
                 for_escapes(weight, first_unit[b] + i, [&](int row, int column) {
                     const int own = owner_of(row, column) == lane ? element_of(row, column) : -1;
 #pragma unroll
@@ -242,7 +216,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
         spare_tile = tile;
         tile = tile == Shared::kXTiles - 1 ? 0 : tile + 1;
     }
-    write<kTiles, kRowBlocks>(sums, args.out, n0, lane, warp);
+    write<kTiles, kRowBlocks>(sums, args.out, block_rows.first, block_rows.end, n0, lane, warp);
 }
 
 }  // namespace

@@ -21,8 +21,9 @@ struct PairsShared {
     static constexpr int kStride = tile_stride<T>(kWindowSlots);
     static constexpr int kRowBytes = kStride * sizeof(T);
     static size_t bytes(bool image, int64_t windows_per_split) {
-        const size_t loop = Table<kWidth>::kBytes + (kWarps * kUnitRows + kColumns) * kRowBytes +
-                            (image ? windows_per_split * kWindowSlots * sizeof(Tap) : 0);
+        const size_t loop =
+            Table<kWidth>::kBytes + (kWarps * kUnitRows + kColumns) * kRowBytes +
+            (image ? kColumns * sizeof(Pixel) + windows_per_split * kWindowSlots * sizeof(Tap) : 0);
         return std::max(loop, Staged<kTiles, kPairsBlocks<kTiles, T>>::kBytes);
     }
 };
@@ -116,9 +117,10 @@ __device__ __forceinline__ void scatter(T* row, const uint4& chunk, const uint32
     }
 }
 
-// Pairs are scattered over a zeroed tile of 16 rows of a warp and one window; then as above.
+// Pairs are scattered over a zeroed tile of 16 rows of a warp and one window; then as above. Three
+// blocks have room on a multiprocessor, but on Turing, whose shared memory is small.
 template <int kWidth, int kTiles, class T>
-__global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 ? 3 : 2)
+__global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 && copies_wait() ? 3 : 2)
     matmul_pairs(MatmulArgs args) {
     using Shared = PairsShared<kWidth, kTiles, T>;
     constexpr int kRowBlocks = kPairsBlocks<kTiles, T>;
@@ -130,11 +132,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 ? 3 : 2)
     auto* const entries = reinterpret_cast<uint32_t*>(placekern_shared);
     auto* const tile = reinterpret_cast<T*>(placekern_shared + Table<kWidth>::kBytes);
     T* const own = tile + (Shared::kColumns + warp * kUnitRows) * Shared::kStride;
-    auto* const taps =
-        reinterpret_cast<Tap*>(tile + (Shared::kColumns + kWarps * kUnitRows) * Shared::kStride);
+    auto* const pixels =
+        reinterpret_cast<Pixel*>(tile + (Shared::kColumns + kWarps * kUnitRows) * Shared::kStride);
+    auto* const taps = reinterpret_cast<Tap*>(pixels + Shared::kColumns);
     const int64_t n0 = static_cast<int64_t>(blockIdx.y) * Shared::kColumns;
-    const int64_t row0 =
-        (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kRowBlocks * kUnitRows;
+    const auto block_rows = BlockRows<kWarps * kRowBlocks * kUnitRows>::of(args);
+    const int64_t row0 = block_rows.first + warp * kRowBlocks * kUnitRows;
     const int windows = static_cast<int>(weight.windows());
     const int per_split = (windows + args.out.splits - 1) / args.out.splits;
     const int first = min(per_split * static_cast<int>(blockIdx.z), windows);
@@ -153,8 +156,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 ? 3 : 2)
 
     Table<kWidth>::fill(entries, weight, -1, OperandBits<T>());
     if (args.source.image) {
+        fill_pixels<Shared::kColumns>(pixels, n0, args.out.N, args.source, block_rows.group);
         for (int i = 0; i < count; ++i)
-            fill_taps(taps + i * kWindowSlots, kWindowSlots, (first + i) * kPairsWindow, weight.K,
+            fill_taps(taps + i * kWindowSlots, kWindowSlots, (first + i) * kPairsWindow, weight,
                       args.source);
     }
     __syncthreads();
@@ -168,9 +172,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 ? 3 : 2)
 
     float sums[kRowBlocks][kTiles][4] = {};
     for (int i = 0; i < count; ++i) {
-        fill_tile<Shared::kColumns>(tile, args.source, taps + i * kWindowSlots, n0, args.out.N,
-                                    int64_t{first + i} * kPairsWindow, weight.K, kWindowSlots,
-                                    kPairsWindow);
+        fill_tile<Shared::kColumns>(tile, args.source, pixels, taps + i * kWindowSlots, n0,
+                                    args.out.N, int64_t{first + i} * kPairsWindow, weight.K,
+                                    kWindowSlots, kPairsWindow);
         Operand<T> held[kUnits];  // of the first of two blocks
 #pragma unroll
         for (int b = 0; b < kRowBlocks; ++b) {
@@ -204,7 +208,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 ? 3 : 2)
         }
         __syncthreads();  // X and the own rows are read; the next window may overwrite them
     }
-    write<kTiles, kRowBlocks>(sums, args.out, n0, lane, warp);
+    write<kTiles, kRowBlocks>(sums, args.out, block_rows.first, block_rows.end, n0, lane, warp);
 }
 
 }  // namespace

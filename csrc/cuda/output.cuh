@@ -29,14 +29,26 @@ __device__ inline void store(const Output& out, int64_t n, int64_t m, float sum)
     store_biased(out, n, m, sum + bias_of(out, m));
 }
 
+// Where the partial sums of a split go: that of y[n, m] to at(n, m).
+struct Partial {
+    float* sums;
+    int step_n, step_m;
+
+    __device__ static Partial of(const Output& out, int split) {
+        const bool together = rows_together(out);
+        return {out.partial + split * out.M * out.N, together ? static_cast<int>(out.M) : 1,
+                together ? 1 : static_cast<int>(out.N)};
+    }
+
+    __device__ float& at(int64_t n, int64_t m) const { return sums[n * step_n + m * step_m]; }
+};
+
 // Takes the sum that split `split` has for n < N, m < M.
 __device__ inline void add(const Output& out, int split, int64_t n, int64_t m, float sum) {
     if (out.splits == 1)
         store(out, n, m, sum);
-    else if (rows_together(out))
-        out.partial[(split * out.N + n) * out.M + m] = sum;
     else
-        out.partial[(split * out.M + m) * out.N + n] = sum;
+        Partial::of(out, split).at(n, m) = sum;
 }
 
 }  // namespace placekern::cuda

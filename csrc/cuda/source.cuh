@@ -4,6 +4,8 @@
 // the 16-byte reads of eight lanes fall into different banks.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
 #include <type_traits>
 
 #include "args.h"
@@ -61,30 +63,44 @@ inline bool has_taps(const ConvShape& shape) {
            (shape.kernel_w - 1) * shape.dilation_w <= kFarthest;
 }
 
+// Whether 16 bytes of an image are neighbouring elements of a column, wherever they start: with
+// the weight's columns tap by tap, and the image's channels side by side.
+inline bool has_vectors(const DeviceWeight& weight, const Source& source) {
+    const ConvShape& s = source.shape;
+    const int64_t vector = source.dtype == Dtype::kFloat32 ? 4 : 8;
+    const int64_t on_vectors[] = {s.channels, source.stride_n, source.stride_h, source.stride_w};
+    return source.image && weight.taps == s.kernel_h * s.kernel_w && source.stride_c == 1 &&
+           reinterpret_cast<uintptr_t>(source.x) % sizeof(uint4) == 0 &&
+           std::all_of(std::begin(on_vectors), std::end(on_vectors),
+                       [vector](int64_t size) { return size % vector == 0; });
+}
+
 // Fills taps [count] for the elements first, first + 1, ... by all threads of a block. Those at or
 // behind K lie outside of every image of fewer than 32,767 rows; whoever reads taps must not take
 // them for real in a taller one. The caller synchronises.
-__device__ inline void fill_taps(Tap* taps, int count, int64_t first, int64_t K,
+__device__ inline void fill_taps(Tap* taps, int count, int64_t first, const DeviceWeight& weight,
                                  const Source& source) {
     const ConvShape& s = source.shape;
-    const int kernel = static_cast<int>(s.kernel_h * s.kernel_w);
+    const bool by_tap = weight.taps > 1;
+    const int inner = static_cast<int>(by_tap ? s.channels : s.kernel_h * s.kernel_w);
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
         const int k = static_cast<int>(first) + i;
-        const int c = k / kernel;
-        const int dy = k % kernel / static_cast<int>(s.kernel_w) * static_cast<int>(s.dilation_h);
-        const int dx = k % static_cast<int>(s.kernel_w) * static_cast<int>(s.dilation_w);
+        const int c = by_tap ? k % inner : k / inner;
+        const int tap = by_tap ? k / inner : k % inner;
+        const int dy = tap / static_cast<int>(s.kernel_w) * static_cast<int>(s.dilation_h);
+        const int dx = tap % static_cast<int>(s.kernel_w) * static_cast<int>(s.dilation_w);
         taps[i].offset = c * source.stride_c + dy * source.stride_h + dx * source.stride_w;
-        taps[i].dy = static_cast<short>(k < K ? dy : 0x7fff);
+        taps[i].dy = static_cast<short>(k < weight.K ? dy : 0x7fff);
         taps[i].dx = static_cast<short>(dx);
     }
 }
 
-// The first tap of an output pixel.
-struct Pixel {
+// The first tap of an output pixel. On 16 bytes, so that it is read at once.
+struct alignas(16) Pixel {
     int base, y, x;
     bool inside;
 
-    __device__ static Pixel of(int64_t n, int64_t N, const Source& source) {
+    __device__ static Pixel of(int64_t n, int64_t N, const Source& source, int group = 0) {
         const ConvShape& s = source.shape;
         const int out_w = static_cast<int>(s.out_width);
         const int out_size = static_cast<int>(s.out_height) * out_w;
@@ -94,8 +110,9 @@ struct Pixel {
         pixel.y =
             at % out_size / out_w * static_cast<int>(s.stride_h) - static_cast<int>(s.padding_top);
         pixel.x = at % out_w * static_cast<int>(s.stride_w) - static_cast<int>(s.padding_left);
-        pixel.base =
-            image * source.stride_n + pixel.y * source.stride_h + pixel.x * source.stride_w;
+        pixel.base = image * source.stride_n +
+                     group * static_cast<int>(s.channels) * source.stride_c +
+                     pixel.y * source.stride_h + pixel.x * source.stride_w;
         pixel.inside = n < N;
         return pixel;
     }
@@ -107,16 +124,26 @@ struct Pixel {
     }
 };
 
+// Fills pixels [kColumns] for the columns n0, n0 + 1, ... and a group of channels, by all threads
+// of a block. The caller synchronises.
+template <int kColumns>
+__device__ __forceinline__ void fill_pixels(Pixel* pixels, int64_t n0, int64_t N,
+                                            const Source& source, int group) {
+    for (int i = threadIdx.x; i < kColumns; i += blockDim.x)
+        pixels[i] = Pixel::of(n0 + i, N, source, group);
+}
+
 // Starts filling tile [kColumns, tile_stride] with elements first_k .. first_k + slots - 1 of
 // columns n0 .. n0 + kColumns - 1, by all threads of a block. `real` of the slots are elements,
-// the rest zeros. Complete after wait_for_copies() and a barrier. `taps`: of the slots, for images.
+// the rest zeros. Complete after wait_for_copies() and a barrier. For images, `pixels` are those of
+// the columns and `taps` of the slots.
 template <int kColumns, class T>
-__device__ __forceinline__ void fill_tile(T* tile, const Source& source, const Tap* taps,
-                                          int64_t n0, int64_t N, int64_t first_k, int64_t K,
-                                          int slots, int real) {
+__device__ __forceinline__ void fill_tile(T* tile, const Source& source, const Pixel* pixels,
+                                          const Tap* taps, int64_t n0, int64_t N, int64_t first_k,
+                                          int64_t K, int slots, int real) {
+    constexpr int kVector = sizeof(uint4) / sizeof(T);
     const int stride = slots + (tile_stride<T>(0));
     if (!source.image) {
-        constexpr int kVector = sizeof(uint4) / sizeof(T);
         const int vectors = slots / kVector;
         for (int i = threadIdx.x; i < kColumns * vectors; i += blockDim.x) {
             const int n = i / vectors;
@@ -129,17 +156,30 @@ __device__ __forceinline__ void fill_tile(T* tile, const Source& source, const T
         }
         return;
     }
+    const int elements = static_cast<int>(min(int64_t{real}, K - first_k));
+    const auto height = static_cast<unsigned>(source.shape.height);
+    const auto width = static_cast<unsigned>(source.shape.width);
+    if (source.vectors) {  // a thread has the same slots of several pixels
+        const int vectors = slots / kVector;
+        const int slot = static_cast<int>(threadIdx.x) % vectors * kVector;
+        const Tap tap = taps[slot];
+        for (int n = threadIdx.x / vectors; n < kColumns; n += blockDim.x / vectors) {
+            const Pixel pixel = pixels[n];
+            const bool known = (slot < elements) & pixel.has(tap, height, width);
+            const T* const from =
+                static_cast<const T*>(source.x) + (known ? pixel.base + tap.offset : 0);
+            copy_async(tile + n * stride + tile_place<T>(slot), from, known);
+        }
+        return;
+    }
     // Neighbouring threads take neighbouring pixels, which lie together in an image. Eight loads of
     // a thread are on their way before it waits for the first.
     constexpr int kBatch = 8;
     using Bits = std::conditional_t<sizeof(T) == 2, unsigned short, uint32_t>;
     const auto* const x = static_cast<const Bits*>(source.x);
     auto* const row = reinterpret_cast<Bits*>(tile + threadIdx.x % kColumns * stride);
-    const int elements = static_cast<int>(min(int64_t{real}, K - first_k));
     const int step = blockDim.x / kColumns;  // slots is a multiple of kBatch times this
-    const Pixel pixel = Pixel::of(n0 + threadIdx.x % kColumns, N, source);
-    const auto height = static_cast<unsigned>(source.shape.height);
-    const auto width = static_cast<unsigned>(source.shape.width);
+    const Pixel pixel = pixels[threadIdx.x % kColumns];
 #pragma unroll 1
     for (int first = threadIdx.x / kColumns; first < slots; first += kBatch * step) {
         Bits value[kBatch];

@@ -16,6 +16,7 @@ class Weight(NamedTuple):
     K: int
     bits: int
     layout: int
+    taps: int
     row_ptr: Tensor
     positions: Tensor
     codes: Tensor

@@ -88,7 +88,7 @@ def device_matmul(weight: Weight, source: Source, out: Output) -> bool:
 
 @lru_cache(4096)
 def matmul_splits(
-    M: int, K: int, bits: int, layout: int, dtype: torch.dtype, N: int, image: bool, index: int
+    M: int, K: int, bits: int, layout: int, dtype: torch.dtype, N: int, groups: int, index: int
 ) -> int:
     """Blocks that should share a sum of `device_matmul`: so many that all run at once.
 
@@ -101,17 +101,17 @@ def matmul_splits(
         layout: Layout.DENSE or PAIRS.
         dtype: of x.
         N: columns of the product.
-        image: whether they are windows of an image.
+        groups: of the convolution whose windows they are; 0: they are rows.
         index: of the CUDA device.
     """
-    return _cuda.matmul_splits(M, K, bits, layout, _DTYPES[dtype], N, image, index)
+    return _cuda.matmul_splits(M, K, bits, layout, _DTYPES[dtype], N, groups, index)
 
 
 def device_decode(weight: Weight, first: int, dense: Tensor, taps: int = 1) -> None:
     """Fills dense [rows, K] with the rows from `first`, a multiple of 16, on; all of it.
 
-    With `taps` of a filter, which only PAIRS takes, column k is written to
-    (k % taps) * (K / taps) + k / taps: the order of a filter in channels_last.
+    With `taps` of a filter, which only PAIRS takes and only a weight whose own are 1, column k is
+    written to (k % taps) * (K / taps) + k / taps: the order of a filter in channels_last.
     """
     _cuda.decode(
         _device_weight(weight),
@@ -241,6 +241,7 @@ def _device_weight(weight: Weight) -> Any:
         codebook.data_ptr(),
         _DTYPES[codebook.dtype],
         weight.group_size,
+        weight.taps,
     )
 
 

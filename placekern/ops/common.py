@@ -26,7 +26,8 @@ from ..weight import QuantSparseWeight
 library = torch.library.Library("placekern", "DEF")
 
 WEIGHT = (
-    "Tensor row_ptr, Tensor positions, Tensor codes, Tensor codebook, int K, int bits, int layout"
+    "Tensor row_ptr, Tensor positions, Tensor codes, Tensor codebook, int K, int bits, int layout, "
+    "int taps"
 )
 """Schema of a QuantSparseWeight [M, K]; M comes with row_ptr, K is stated."""
 
@@ -52,10 +53,10 @@ def register_gradients(name: str, channels: int) -> None:
     backward_op = getattr(torch.ops.placekern, f"{name}_backward")
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, row_ptr, positions, codes, codebook, K, bits, layout, bias, *sizes, relu = inputs
+        x, row_ptr, positions, codes, codebook, K, bits, layout, taps, bias, *sizes, relu = inputs
         arrays = (row_ptr, positions, codes, codebook)
         ctx.save_for_backward(x, *arrays, bias, output if relu else None)
-        ctx.sizes = (K, bits, layout, *sizes)
+        ctx.sizes = (K, bits, layout, taps, *sizes)
         ctx.inputs = len(inputs)
 
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,9 +70,9 @@ def register_gradients(name: str, channels: int) -> None:
             grad_x, grad_codebook = backward_op(grad_y, x, *arrays, *ctx.sizes, wanted)
             gradients[0] = grad_x if wanted[0] else None
             gradients[4] = grad_codebook if wanted[1] else None
-        if needed[8]:
+        if needed[9]:
             by_channel = grad_y.transpose(channels, -1)
-            gradients[8] = by_channel.sum_to_size(bias.shape).to(bias.dtype)
+            gradients[9] = by_channel.sum_to_size(bias.shape).to(bias.dtype)
         return tuple(gradients)
 
     def twice(ctx: Any, *_: Tensor) -> None:
@@ -114,7 +115,7 @@ def _register_autograd(
             return (None, *backward(ctx, grad_output))
 
     def kernel(keys: torch._C.DispatchKeySet, *inputs: Any) -> Tensor:
-        differentiable = (inputs[0], inputs[4], inputs[8])  # x, codebook, bias
+        differentiable = (inputs[0], inputs[4], inputs[9])  # x, codebook, bias
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in differentiable
         ):
@@ -228,10 +229,12 @@ def weight(
     K: int,
     bits: int,
     layout: int,
+    taps: int,
 ) -> _native.Weight:
     """The arrays of a weight as an op receives them, put together; M comes from row_ptr."""
     M = row_ptr.shape[0] - 1
-    return _native.Weight(M, K, bits, layout, row_ptr, positions, codes, codebook.contiguous())
+    book = codebook.contiguous()
+    return _native.Weight(M, K, bits, layout, taps, row_ptr, positions, codes, book)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -263,9 +266,9 @@ def as_codebook_gradient(weight: _native.Weight, sums: Tensor | None) -> Tensor:
 
 
 def arrays(weight: QuantSparseWeight) -> tuple[Any, ...]:
-    """A weight as the seven arguments of common.WEIGHT."""
+    """A weight as the eight arguments of common.WEIGHT."""
     w = weight
-    return w.row_ptr, w.positions, w.codes, w.codebook, w.shape[1], w.bits, int(w.layout)
+    return w.row_ptr, w.positions, w.codes, w.codebook, w.shape[1], w.bits, int(w.layout), w.taps
 
 
 def _autocast(op: Callable[..., Tensor], device: str, key: str) -> Callable[..., Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, device, device_backward
+from ..memory_format import memory_format_of
 from ..packing import DEVICE_LAYOUTS
 from ..weight import QuantSparseWeight
 from . import common
@@ -35,7 +36,7 @@ def conv2d(
     Args:
         x: floating [batch, C, height, width], contiguous or channels_last; the output follows it.
         weight: [M, C / groups * kernel_h * kernel_w], k = (channel * kernel_h + ky) * kernel_w
-            + kx.
+            + kx; or with taps = kernel_h * kernel_w.
         bias: floating [M] or None.
         kernel_size: (height, width) in pixels.
         stride: (vertical, horizontal) in pixels.
@@ -91,6 +92,11 @@ def _conv2d_shape(
             f"conv2d: x has {channels} channels, expected groups * K / (kernel_h * kernel_w) = "
             f"{groups} * {weight.K} / {taps}"
         )
+    if weight.taps not in (1, taps):
+        raise ValueError(
+            f"conv2d: the weight's columns lie by {weight.taps} taps, but kernel_size "
+            f"{tuple(kernel_size)} has {taps}"
+        )
     if weight.M % groups:
         raise ValueError(
             f"conv2d: M = {weight.M} output channels do not divide into {groups} groups"
@@ -120,32 +126,27 @@ def _conv2d_shape(
     )
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 def _conv2d_empty(x: Tensor, weight: _native.Weight, shape: _native.ConvShape) -> Tensor:
     size = (shape.batch, weight.M, shape.out_height, shape.out_width)
     if x.is_contiguous():
         return x.new_empty(size)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 def _conv2d_fake(x: Tensor, *args: Any) -> Tensor:
-    weight, bias, sizes = common.weight(*args[:7]), args[7], args[8:13]
+    weight, bias, sizes = common.weight(*args[:8]), args[8], args[9:14]
     common.check_weight("conv2d", x, weight, bias)
     return _conv2d_empty(x, weight, _conv2d_shape(x, weight, *sizes))
 
 
 def _conv2d(x: Tensor, *args: Any) -> Tensor:
-    weight, bias, sizes, relu = common.weight(*args[:7]), args[7], args[8:13], args[13]
+    weight, bias, sizes, relu = common.weight(*args[:8]), args[8], args[9:14], args[14]
     common.check_weight("conv2d", x, weight, bias)
     shape = _conv2d_shape(x, weight, *sizes)
     if weight.layout in DEVICE_LAYOUTS:
         y = _conv2d_empty(x, weight, shape)
         y = device.conv2d(weight, shape, sizes[2], x.detach(), bias, y, relu)
-        return y.contiguous(memory_format=_memory_format(x))
+        return y.contiguous(memory_format=memory_format_of(x))
     dtype = common.compute_dtype(x)
     image = x if x.dtype is dtype else x.to(dtype)
     y = _conv2d_empty(image, weight, shape)
@@ -155,13 +156,13 @@ def _conv2d(x: Tensor, *args: Any) -> Tensor:
 
 
 def _conv2d_backward_fake(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    codebook, wanted = args[3], args[12]
-    grad_x = torch.empty_like(x, memory_format=_memory_format(x)) if wanted[0] else x.new_empty(0)
+    codebook, wanted = args[3], args[13]
+    grad_x = torch.empty_like(x, memory_format=memory_format_of(x)) if wanted[0] else x.new_empty(0)
     return grad_x, codebook.new_empty(codebook.shape if wanted[1] else (0,))
 
 
 def _conv2d_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, sizes, wanted = common.weight(*args[:7]), args[7:12], args[12]
+    weight, sizes, wanted = common.weight(*args[:8]), args[8:13], args[13]
     common.check_weight("conv2d_backward", x, weight, None)
     shape = _conv2d_shape(x, weight, *sizes)
     if weight.layout in DEVICE_LAYOUTS:
@@ -169,14 +170,14 @@ def _conv2d_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Ten
             weight, shape, sizes[2], x.detach(), grad_y.detach().to(x.dtype), tuple(wanted)
         )
         if grad_x is not None:
-            grad_x = grad_x.contiguous(memory_format=_memory_format(x))
+            grad_x = grad_x.contiguous(memory_format=memory_format_of(x))
         return (
             x.new_empty(0) if grad_x is None else grad_x,
             common.as_codebook_gradient(weight, sums),
         )
     dtype = common.compute_dtype(x)
     image = x.detach().to(dtype)
-    grad_x = torch.zeros_like(image, memory_format=_memory_format(x)) if wanted[0] else None
+    grad_x = torch.zeros_like(image, memory_format=memory_format_of(x)) if wanted[0] else None
     sums = common.codebook_sums(weight) if wanted[1] else None
     _native.conv2d_backward(
         common.ready(weight, dtype), shape, image, grad_y.detach().to(dtype), grad_x, sums
@@ -203,4 +204,4 @@ common.register(
 common.register_gradients("conv2d", channels=1)
 
 conv2d_op = torch.ops.placekern.conv2d.default
-"""The op itself: (x, the seven arguments of common.WEIGHT, bias, the five sizes, relu) -> y."""
+"""The op itself: (x, the eight arguments of common.WEIGHT, bias, the five sizes, relu) -> y."""

@@ -41,16 +41,21 @@ def _linear_check(x: Tensor, weight: _native.Weight, bias: Tensor | None) -> Non
     common.check_weight("linear", x, weight, bias)
     if x.dim() < 1 or x.shape[-1] != weight.K:
         raise ValueError(f"linear: x has shape {tuple(x.shape)}, expected [..., K = {weight.K}]")
+    if weight.taps != 1:
+        raise ValueError(
+            f"linear: the weight's columns lie by the {weight.taps} taps of a filter; "
+            "use conv2d, or to_layout without taps"
+        )
 
 
 def _linear_fake(x: Tensor, *args: Any) -> Tensor:
-    weight, (bias, _) = common.weight(*args[:7]), args[7:]
+    weight, (bias, _) = common.weight(*args[:8]), args[8:]
     _linear_check(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.M))
 
 
 def _linear(x: Tensor, *args: Any) -> Tensor:
-    weight, (bias, relu) = common.weight(*args[:7]), args[7:]
+    weight, (bias, relu) = common.weight(*args[:8]), args[8:]
     _linear_check(x, weight, bias)
     if weight.layout in DEVICE_LAYOUTS:
         if x.dim() == 2:
@@ -72,13 +77,13 @@ def _rows(x: Tensor, K: int) -> Tensor:
 
 
 def _linear_backward_fake(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    codebook, wanted = args[3], args[7]
+    codebook, wanted = args[3], args[8]
     grad_x = x.new_empty(x.shape if wanted[0] else (0,))
     return grad_x, codebook.new_empty(codebook.shape if wanted[1] else (0,))
 
 
 def _linear_backward(grad_y: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, wanted = common.weight(*args[:7]), args[7]
+    weight, wanted = common.weight(*args[:8]), args[8]
     _linear_check(x, weight, None)
     if weight.layout in DEVICE_LAYOUTS:
         rows = _rows(x, weight.K)
@@ -116,4 +121,4 @@ common.register(
 common.register_gradients("linear", channels=-1)
 
 linear_op = torch.ops.placekern.linear.default
-"""The op itself: (x, the seven arguments of common.WEIGHT, bias, relu) -> y."""
+"""The op itself: (x, the eight arguments of common.WEIGHT, bias, relu) -> y."""
