@@ -6,11 +6,13 @@ from ._version import __version__
 from .compress import CompressConfig, CompressReport, Recipe, RecipeConfig, compress_
 from .io import load, save
 from .nn import QuantSparseConv2d, QuantSparseLinear
+from .packing import Layout
 from .weight import QuantSparseWeight
 
 __all__ = [
     "CompressConfig",
     "CompressReport",
+    "Layout",
     "QuantSparseConv2d",
     "QuantSparseLinear",
     "QuantSparseWeight",

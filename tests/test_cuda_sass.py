@@ -109,13 +109,13 @@ BUDGETS = {
     # 256 non-zeros, put among zeros; a lane has two chunks in a round.
     "decode_pairs<true, bfloat16>": Loop("STS", 16, (WIDE_LOAD, "LDS"), 2, 81),
     # A unit times 16 columns; times 64, where a warp has two units at once.
-    "matmul_dense<8, 2, bfloat16>": Loop("HMMA", 8, ("LDGSTS",), 1, 242),
-    "matmul_dense<5, 2, bfloat16>": Loop("HMMA", 8, ("LDGSTS",), 1, 254),
+    "matmul_dense<8, 2, bfloat16>": Loop("HMMA", 8, ("LDGSTS",), 1, 224),
+    "matmul_dense<5, 2, bfloat16>": Loop("HMMA", 8, ("LDGSTS",), 1, 238),
     "matmul_dense<8, 8, bfloat16>": Loop("HMMA", 64, ("LDGSTS",), 2, 231),
     # A window of 16 rows and 248 columns times 16 columns, where a warp has two such, and times 64.
-    # With seven chunks a lane, six of them loaded ahead: 1,792 non-zeros.
+    # With seven chunks a lane, six of them loaded ahead: 1,792 non-zeros; and 4 and 16 copies of X.
     "matmul_pairs<8, 2, bfloat16>": Loop("HMMA", 64, (WIDE_LOAD, "LDGSTS", LOOKUP), 2, 627),
-    "matmul_pairs<8, 8, bfloat16>": Loop("HMMA", 128, (WIDE_LOAD, "LDGSTS", LOOKUP), 1, 829),
+    "matmul_pairs<8, 8, bfloat16>": Loop("HMMA", 128, (WIDE_LOAD, "LDGSTS", LOOKUP), 1, 1174),
     # A unit and 32 rows of x, both gradients; pairs: with 512 non-zeros.
     "backward_dense<8, 2, 3, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD,), 1, 580),
     "backward_pairs<8, 2, 3, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD, "STS"), 1, 800),

@@ -14,14 +14,13 @@ constexpr int kWarps = 4;
 // The rows of a block: kRows, all of one group of a convolution.
 template <int kRows>
 struct BlockRows {
-    int64_t first, end;
-    int group;
+    int first, end, group;
 
     __device__ static BlockRows of(const MatmulArgs& args) {
-        const int64_t M = args.weight.M;
+        const int M = static_cast<int>(args.weight.M);
         const int groups = groups_of(args.source);
-        if (groups == 1) return {static_cast<int64_t>(blockIdx.x) * kRows, M, 0};
-        const int per_group = static_cast<int>(M) / groups;
+        if (groups == 1) return {static_cast<int>(blockIdx.x) * kRows, M, 0};
+        const int per_group = M / groups;
         const int blocks = (per_group + kRows - 1) / kRows;
         const int group = static_cast<int>(blockIdx.x) / blocks;
         const int block = static_cast<int>(blockIdx.x) % blocks;
@@ -151,9 +150,9 @@ __device__ __forceinline__ void for_sums(const float (&sums)[kRowBlocks][kTiles]
 // and not once for each of up to 64 sums of a lane.
 template <int kTiles, int kRowBlocks>
 __device__ __forceinline__ void write(const float (&sums)[kRowBlocks][kTiles][4], const Output& out,
-                                      int64_t m0, int64_t m_end, int64_t n0, int lane, int warp) {
+                                      int m0, int m_end, int n0, int lane, int warp) {
     using Staged = Staged<kTiles, kRowBlocks>;
-    const int rows = static_cast<int>(min(m_end - m0, int64_t{Staged::kRows}));
+    const int rows = min(m_end - m0, Staged::kRows);
     const int columns = static_cast<int>(min(out.N - n0, int64_t{Staged::kColumns}));
     if (out.splits > 1) {
         Partial to = Partial::of(out, static_cast<int>(blockIdx.z));

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
     auto* const taps = reinterpret_cast<Tap*>(pixels + Shared::kColumns);
     const int lane = threadIdx.x % kWarp;
     const int warp = threadIdx.x / kWarp;
-    const int64_t n0 = static_cast<int64_t>(blockIdx.y) * Shared::kColumns;
+    const int n0 = static_cast<int>(blockIdx.y) * Shared::kColumns;
     const auto block_rows = BlockRows<kWarps * kRowBlocks * kUnitRows>::of(args);
     const int64_t block0 = block_rows.first / kUnitRows + warp * kRowBlocks;
     const int64_t units = weight.units();
@@ -152,9 +152,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
         rows[b] = weight.codes + first_unit[b] * kUnitBytes<kWidth>;
     }
     const auto fill = [&](int i, int tile) {
-        fill_tile<Shared::kColumns>(
+        fill_tile<kWarps * kWarp, Shared::kColumns, kUnitColumns>(
             tiles + tile * Shared::kTile, args.source, pixels, taps + i * kUnitColumns, n0,
-            args.out.N, (first + i) * kUnitColumns, weight.K, kUnitColumns, kUnitColumns);
+            args.out.N, static_cast<int>(first + i) * kUnitColumns, weight.K, kUnitColumns);
     };
     // On their way while the table is filled; of an image, X needs taps first.
     Codes codes(rings + warp * Codes::kBytes, rows, lane);

@@ -117,10 +117,19 @@ __device__ __forceinline__ void scatter(T* row, const uint4& chunk, const uint32
     }
 }
 
-// Pairs are scattered over a zeroed tile of 16 rows of a warp and one window; then as above. Three
-// blocks have room on a multiprocessor, but on Turing, whose shared memory is small.
+// Blocks for 16 columns that a multiprocessor's shared memory has room for; it is largest on
+// Hopper.
+__device__ constexpr int resident_blocks_of_16() {
+#if __CUDA_ARCH__ >= 900
+    return 3;
+#else
+    return 2;
+#endif
+}
+
+// Pairs are scattered over a zeroed tile of 16 rows of a warp and one window; then as above.
 template <int kWidth, int kTiles, class T>
-__global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 && copies_wait() ? 3 : 2)
+__global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 ? resident_blocks_of_16() : 2)
     matmul_pairs(MatmulArgs args) {
     using Shared = PairsShared<kWidth, kTiles, T>;
     constexpr int kRowBlocks = kPairsBlocks<kTiles, T>;
@@ -135,7 +144,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 && copies_wait() ? 
     auto* const pixels =
         reinterpret_cast<Pixel*>(tile + (Shared::kColumns + kWarps * kUnitRows) * Shared::kStride);
     auto* const taps = reinterpret_cast<Tap*>(pixels + Shared::kColumns);
-    const int64_t n0 = static_cast<int64_t>(blockIdx.y) * Shared::kColumns;
+    const int n0 = static_cast<int>(blockIdx.y) * Shared::kColumns;
     const auto block_rows = BlockRows<kWarps * kRowBlocks * kUnitRows>::of(args);
     const int64_t row0 = block_rows.first + warp * kRowBlocks * kUnitRows;
     const int windows = static_cast<int>(weight.windows());
@@ -172,9 +181,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 && copies_wait() ? 
 
     float sums[kRowBlocks][kTiles][4] = {};
     for (int i = 0; i < count; ++i) {
-        fill_tile<Shared::kColumns>(tile, args.source, pixels, taps + i * kWindowSlots, n0,
-                                    args.out.N, int64_t{first + i} * kPairsWindow, weight.K,
-                                    kWindowSlots, kPairsWindow);
+        fill_tile<kWarps * kWarp, Shared::kColumns, kWindowSlots>(
+            tile, args.source, pixels, taps + i * kWindowSlots, n0, args.out.N,
+            (first + i) * kPairsWindow, weight.K, kPairsWindow);
         Operand<T> held[kUnits];  // of the first of two blocks
 #pragma unroll
         for (int b = 0; b < kRowBlocks; ++b) {

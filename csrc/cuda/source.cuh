@@ -127,71 +127,75 @@ struct alignas(16) Pixel {
 // Fills pixels [kColumns] for the columns n0, n0 + 1, ... and a group of channels, by all threads
 // of a block. The caller synchronises.
 template <int kColumns>
-__device__ __forceinline__ void fill_pixels(Pixel* pixels, int64_t n0, int64_t N,
-                                            const Source& source, int group) {
+__device__ __forceinline__ void fill_pixels(Pixel* pixels, int n0, int64_t N, const Source& source,
+                                            int group) {
     for (int i = threadIdx.x; i < kColumns; i += blockDim.x)
         pixels[i] = Pixel::of(n0 + i, N, source, group);
 }
 
-// Starts filling tile [kColumns, tile_stride] with elements first_k .. first_k + slots - 1 of
-// columns n0 .. n0 + kColumns - 1, by all threads of a block. `real` of the slots are elements,
-// the rest zeros. Complete after wait_for_copies() and a barrier. For images, `pixels` are those of
-// the columns and `taps` of the slots.
-template <int kColumns, class T>
+// Starts filling tile [kColumns, tile_stride] with the elements from first_k on of columns n0, n0 +
+// 1, ..., by all kThreads threads of a block. The first `real` of kSlots slots are elements, where
+// there are so many before K, the rest zeros. Complete after wait_for_copies() and a barrier. For
+// images, `pixels` are those of the columns and `taps` of the slots.
+template <int kThreads, int kColumns, int kSlots, class T>
 __device__ __forceinline__ void fill_tile(T* tile, const Source& source, const Pixel* pixels,
-                                          const Tap* taps, int64_t n0, int64_t N, int64_t first_k,
-                                          int64_t K, int slots, int real) {
-    constexpr int kVector = sizeof(uint4) / sizeof(T);
-    const int stride = slots + (tile_stride<T>(0));
-    if (!source.image) {
-        const int vectors = slots / kVector;
-        for (int i = threadIdx.x; i < kColumns * vectors; i += blockDim.x) {
-            const int n = i / vectors;
-            const int slot = i % vectors * kVector;
-            const int64_t k = first_k + slot;
-            const bool inside = n0 + n < N && slot < real && k < K;
-            const T* from = static_cast<const T*>(source.x) +
-                            (inside ? (n0 + n) * source.stride + k : int64_t{0});
-            copy_async(tile + n * stride + tile_place<T>(slot), from, inside);
-        }
-        return;
-    }
-    const int elements = static_cast<int>(min(int64_t{real}, K - first_k));
+                                          const Tap* taps, int n0, int64_t N, int first_k,
+                                          int64_t K, int real) {
+    constexpr int kStride = tile_stride<T>(kSlots);
+    const int elements = min(real, static_cast<int>(K) - first_k);
+    const int thread = static_cast<int>(threadIdx.x);
     const auto height = static_cast<unsigned>(source.shape.height);
     const auto width = static_cast<unsigned>(source.shape.width);
-    if (source.vectors) {  // a thread has the same slots of several pixels
-        const int vectors = slots / kVector;
-        const int slot = static_cast<int>(threadIdx.x) % vectors * kVector;
-        const Tap tap = taps[slot];
-        for (int n = threadIdx.x / vectors; n < kColumns; n += blockDim.x / vectors) {
-            const Pixel pixel = pixels[n];
-            const bool known = (slot < elements) & pixel.has(tap, height, width);
-            const T* const from =
-                static_cast<const T*>(source.x) + (known ? pixel.base + tap.offset : 0);
-            copy_async(tile + n * stride + tile_place<T>(slot), from, known);
+    if (!source.image || source.vectors) {  // a thread has the same slots of several columns
+        constexpr int kVector = sizeof(uint4) / sizeof(T);
+        constexpr int kVectors = kSlots / kVector;
+        constexpr int kStep = kThreads / kVectors;
+        static_assert(kColumns % kStep == 0);
+        const auto* const x = static_cast<const T*>(source.x);
+        const int slot = thread % kVectors * kVector;
+        const int column = thread / kVectors;
+        T* const to = tile + column * kStride + tile_place<T>(slot);
+        if (source.image) {
+            const Tap tap = taps[slot];
+#pragma unroll
+            for (int i = 0; i < kColumns; i += kStep) {
+                const Pixel pixel = pixels[column + i];
+                const bool known = (slot < elements) & pixel.has(tap, height, width);
+                copy_async(to + i * kStride, x + (known ? pixel.base + tap.offset : 0), known);
+            }
+        } else {
+            const T* from = x + (n0 + column) * source.stride + first_k + slot;
+            const int columns = slot < elements ? min(static_cast<int>(N) - n0, kColumns) : 0;
+#pragma unroll
+            for (int i = 0; i < kColumns; i += kStep) {
+                const bool known = column + i < columns;
+                copy_async(to + i * kStride, known ? from : x, known);
+                from += kStep * source.stride;
+            }
         }
         return;
     }
     // Neighbouring threads take neighbouring pixels, which lie together in an image. Eight loads of
     // a thread are on their way before it waits for the first.
     constexpr int kBatch = 8;
+    constexpr int kStep = kThreads / kColumns;
+    static_assert(kSlots % (kBatch * kStep) == 0);
     using Bits = std::conditional_t<sizeof(T) == 2, unsigned short, uint32_t>;
     const auto* const x = static_cast<const Bits*>(source.x);
-    auto* const row = reinterpret_cast<Bits*>(tile + threadIdx.x % kColumns * stride);
-    const int step = blockDim.x / kColumns;  // slots is a multiple of kBatch times this
-    const Pixel pixel = pixels[threadIdx.x % kColumns];
+    auto* const row = reinterpret_cast<Bits*>(tile + thread % kColumns * kStride);
+    const Pixel pixel = pixels[thread % kColumns];
 #pragma unroll 1
-    for (int first = threadIdx.x / kColumns; first < slots; first += kBatch * step) {
+    for (int first = thread / kColumns; first < kSlots; first += kBatch * kStep) {
         Bits value[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            const int slot = first + i * step;
+            const int slot = first + i * kStep;
             const Tap tap = taps[slot];
             const bool known = (slot < elements) & pixel.has(tap, height, width);
             value[i] = known ? __ldg(x + (pixel.base + tap.offset)) : Bits{0};
         }
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) row[tile_place<T>(first + i * step)] = value[i];
+        for (int i = 0; i < kBatch; ++i) row[tile_place<T>(first + i * kStep)] = value[i];
     }
 }
 
