@@ -1,8 +1,9 @@
 """The ops on weights in a GPU layout: which kernel serves which sizes, and its scratch memory.
 
-A layer follows the number of columns it is multiplied with. Up to two: straight from the codes, in
-float32. Up to some hundred: decoded on the way to the tensor cores. More: slices of the dense
-weight are written to a bounded scratch tensor, and the dense library multiplies.
+A linear layer follows the rows of x. Up to two: straight from the codes, in float32. Up to some
+hundred: decoded on the way to the tensor cores. More: slices of the dense weight are written to a
+bounded scratch tensor, and the dense library multiplies. A convolution takes the second or the
+third way, by the multiply-adds that it does.
 The tensor cores' kernel knows one codebook: a weight with several takes slices in its place.
 Nothing here waits for the device.
 """
@@ -106,8 +107,11 @@ def conv2d(
     way = _native.way()
     tensor_cores = has_tensor_cores(x, x.dtype == torch.float32 and _tf32_conv())
     tensor_cores = tensor_cores and weight.codebooks == 1
-    small = way == "direct" or _is_small(weight, shape, x)
-    if way != "decode" and small and tensor_cores and addressable(x):
+    small = way == "direct" or _products(weight, shape) <= _most_products(weight, shape, x)
+    # A kernel that reads 16 rows at once must not read those of two groups.
+    apart = shape.groups == 1 or weight.layout == Layout.PAIRS
+    apart = apart or weight.M // shape.groups % device_packing.UNIT_ROWS == 0
+    if way != "decode" and small and apart and tensor_cores and addressable(x):
         source = _native.Source(x, shape=shape)
         splits = _matmul_splits(weight, x, shape.batch * shape.pixels, shape.groups)
         while splits <= _steps(weight):
@@ -119,19 +123,20 @@ def conv2d(
     return y.relu_() if relu else y
 
 
-def _is_small(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> bool:
-    """Whether a convolution is for `device_matmul`, by the multiply-adds that it does."""
-    per_group = -(-weight.M // shape.groups)
+def _products(weight: _native.Weight, shape: _native.ConvShape) -> int:
+    """Multiply-adds that `device_matmul` would do, with those on rows and columns of padding."""
+    rows = shape.groups * -(-weight.M // shape.groups // _BLOCK_ROWS) * _BLOCK_ROWS
     dense = weight.layout == Layout.DENSE
-    if dense and shape.groups > 1 and per_group % device_packing.UNIT_ROWS:
-        return False  # rows of two groups would be read at once
-    rows = shape.groups * -(-per_group // _BLOCK_ROWS) * _BLOCK_ROWS
-    step = device_packing.UNIT_COLUMNS if dense else device_packing.PAIRS_WINDOW
-    products = rows * _steps(weight) * step * shape.batch * shape.pixels
+    columns = device_packing.UNIT_COLUMNS if dense else device_packing.PAIRS_WINDOW
+    return rows * _steps(weight) * columns * shape.batch * shape.pixels
+
+
+def _most_products(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> int:
+    """Up to how many `device_matmul` is the way to take."""
     # Nearly what the kernel asks (has_vectors), and by sizes only.
     copied = weight.taps == shape.kernel_h * shape.kernel_w and x.stride(1) == 1
     copied = copied and shape.channels % (16 // x.element_size()) == 0
-    return products <= (_COPIED_PRODUCTS if copied else _GATHERED_PRODUCTS)
+    return _COPIED_PRODUCTS if copied else _GATHERED_PRODUCTS
 
 
 def _conv2d_by_slices(
@@ -272,7 +277,7 @@ def rows_of(x: Tensor) -> _native.Source:
 def addressable(x: Tensor) -> bool:
     """Whether int32 offsets reach every element."""
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return reach < 1 << 31
+    return max(reach, *x.stride()) < 1 << 31
 
 
 def _output_rows(

@@ -131,6 +131,8 @@ def _regrouped(
     row_ptr: NDArray[np.int64], col_ind: NDArray, codes: NDArray[np.uint8], K: int, inner: int
 ) -> tuple[NDArray, NDArray[np.uint8]]:
     """col_ind and codes [nnz] of the matrix whose columns [K / inner, inner] are transposed."""
+    if K == 0:
+        return col_ind, codes
     columns = col_ind.astype(np.int64)
     columns = columns % inner * (K // inner) + columns // inner
     rows = np.repeat(np.arange(len(row_ptr) - 1), np.diff(row_ptr))

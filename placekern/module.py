@@ -91,7 +91,7 @@ class QuantSparseModule(nn.Module):
             )
         if weight.codebook.shape != self.codebook.shape:
             raise ValueError(f"weight: {self._other_groups(weight)}")
-        self._hold(weight.to_layout(weight.layout, self._wanted_taps()))
+        self._hold(weight)
         book = weight.codebook
         self.codebook = book if isinstance(book, nn.Parameter) else nn.Parameter(book)
 
@@ -210,8 +210,9 @@ class QuantSparseModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantSparseModule:
         # `to`, `cuda` and `cpu` come this way: the arrays change their layout with the device, and
-        # their order with the memory format that a small image gets.
-        before = torch.full((1, 2, 2, 2), 77, dtype=torch.uint8, device=self.codes.device)
+        # a filter's their order with the memory format that a small image gets.
+        size = (1, 2, 2, 2) if self._filter_taps > 1 else (1,)
+        before = torch.full(size, 77, dtype=torch.uint8, device=self.codes.device)
         if self._channels_last:
             before = before.contiguous(memory_format=torch.channels_last)
         after = fn(before)
@@ -220,7 +221,7 @@ class QuantSparseModule(nn.Module):
         other_device = (self._layout in DEVICE_LAYOUTS) != after.is_cuda
         other_order = after.is_cuda and self._taps != self._wanted_taps()
         # `to_empty` moves no content, and there is none to repack until a state_dict is loaded.
-        if filled and (other_device or other_order) and int(after[0, 0, 0, 0]) == 77:
+        if filled and (other_device or other_order) and int(after.flatten()[0]) == 77:
             weight = self.weight
             layout = weight.best_layout(after.device.type) if other_device else weight.layout
             self._hold(weight.to_layout(layout, self._wanted_taps()))

@@ -197,10 +197,14 @@ class QuantSparseConv2d(QuantSparseModule):
 
     @classmethod
     def from_weight(cls, weight: QuantSparseWeight, module: nn.Conv2d) -> QuantSparseConv2d:
-        """A layer with this weight [M, K], and bias, sizes and strides of the dense `module`."""
+        """A layer with this weight [M, K]; the rest is as in `module`, dense or compressed."""
         arguments = _conv_arguments(module) | _code_arguments(weight)
         layer = cls(**arguments, bias=False, device="meta")
-        layer._channels_last = is_channels_last(module.weight)
+        layer._channels_last = (
+            module._channels_last
+            if isinstance(module, QuantSparseModule)
+            else is_channels_last(module.weight)
+        )
         return _adopt(layer, weight, module)
 
     def forward(self, x: Tensor) -> Tensor:

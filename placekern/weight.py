@@ -397,8 +397,7 @@ class QuantSparseWeight:
             taps: kernel_h * kernel_w of a filter: on a GPU columns lie tap by tap, which is quicker
                 where images are in channels_last. None: as they are.
         """
-        layout = self.best_layout(torch.device(device).type)
-        packed = self.to_layout(layout, self.taps if taps is None else taps)
+        packed = self.to_layout(self.best_layout(torch.device(device).type), taps)
         return self.trusted(
             self.shape,
             self.bits,
@@ -415,7 +414,7 @@ class QuantSparseWeight:
         """The layout that a weight of these sizes has on "cpu" or "cuda"."""
         return device_packing.best_layout(device_type, *self.shape, self.nnz, self.bits)
 
-    def to_layout(self, layout: Layout, taps: int = 1) -> QuantSparseWeight:
+    def to_layout(self, layout: Layout, taps: int | None = None) -> QuantSparseWeight:
         """The same weight with its arrays in another layout, on the same device.
 
         `to` chooses the right one; this is for writing files and for tests. The codebook is
@@ -423,13 +422,15 @@ class QuantSparseWeight:
 
         Args:
             layout: any.
-            taps: see the attribute; without meaning in the CPU's layouts.
+            taps: see the attribute; None: as they are. Without meaning in the CPU's layouts.
 
         Raises:
             ValueError: PAIRS was asked for with more than 63,488 columns, or K is no multiple of
                 taps.
         """
-        taps = taps if layout in DEVICE_LAYOUTS else 1
+        taps = self.taps if taps is None else taps
+        if layout not in DEVICE_LAYOUTS:
+            taps = 1
         if taps < 1 or self.shape[1] % taps:
             raise ValueError(
                 f"taps is {taps}, expected a divisor of K = {self.shape[1]}: kernel_h * kernel_w "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_the_work_of_a_convolution_chooses_the_way() -> None:
         shape = _native.ConvShape(
             batch, 1, channels, height, width, height, width, kernel, kernel, 1, 1, 1, 1, 1, 1
         )
-        return device._is_small(weight, shape, x)
+        return device._products(weight, shape) <= device._most_products(weight, shape, x)
 
     deep, early = ((1, 512, 14, 14), 512, 3), ((1, 64, 224, 224), 64, 3)
     assert small(*deep, torch.channels_last)
@@ -155,25 +156,45 @@ def test_taps_belong_to_one_kernel_size(gpu: Gpu, layout: Layout) -> None:
 def test_a_layer_in_channels_last_has_its_columns_tap_by_tap(gpu: Gpu, layout: Layout) -> None:
     dense = torch.nn.Conv2d(16, 20, 3, padding=1).to(memory_format=torch.channels_last)
     layer = pk.QuantSparseConv2d.from_float(dense, pk.CompressConfig(bits=8, threshold=0.03))
-    portable = layer.state_dict()
+    portable = {name: array.clone() for name, array in layer.state_dict().items()}
     weight = layer.weight
     assert weight.taps == 1  # the CPU has one order
+    x = torch.randn(2, 16, 5, 5).bfloat16().contiguous(memory_format=torch.channels_last)
+    filters = weight.to_dense().detach().view(20, 16, 3, 3)
+    wanted = F.conv2d(x.double(), filters.double(), dense.bias.detach().double(), 1, 1)
+    packed = gpu.weight(weight, layout, 9)
     layer.to(gpu.device)
-    layer.weight = gpu.weight(weight, layout)
-    assert layer.weight.taps == 9
-    x = gpu.tensor(torch.randn(2, 16, 5, 5).bfloat16()).contiguous(
-        memory_format=torch.channels_last
-    )
-    y = layer.bfloat16()(x)
+    layer.weight = packed
+    x = gpu.tensor(x)
+    calls = mock.Mock(wraps=device.conv2d)
+    with mock.patch.object(device, "conv2d", calls):
+        y = layer(x)
+    assert calls.call_args.args[0].taps == 9
     assert y.is_contiguous(memory_format=torch.channels_last)
-    wanted = F.conv2d(x.cpu().double(), weight.to_dense().double().view(20, 16, 3, 3), None, 1, 1)
-    wanted += dense.bias.double().view(-1, 1, 1)
     assert relative_error(y.cpu(), wanted) < 1.2e-2
     for name in ("row_ptr", "positions", "codes"):
         assert torch.equal(layer.state_dict()[name].cpu(), portable[name])
-    filters = layer.float().to_dense().weight
-    assert filters.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(copy.deepcopy(layer).to_dense().weight, filters)
+    for own in (layer, copy.deepcopy(layer)):
+        decoded = own.to_dense().weight
+        assert decoded.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(decoded.cpu(), filters)
+
+
+@pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])
+def test_an_image_in_both_formats_takes_that_of_the_filters(gpu: Gpu, layout: Layout) -> None:
+    weight = random_weight(8, 9, 0.6, 8)
+    filters = weight.to_dense().double().view(8, 1, 3, 3)
+    x = torch.randn(2, 1, 7, 7).bfloat16()
+    for taps, form in ((1, torch.contiguous_format), (9, torch.channels_last)):
+        y = ops.conv2d(gpu.tensor(x), gpu.weight(weight, layout, taps), kernel_size=(3, 3))
+        assert y.is_contiguous(memory_format=form)
+        assert relative_error(y.cpu(), F.conv2d(x.double(), filters)) < 1.2e-2
+    x = torch.randn(3, 16, 1, 1).bfloat16()  # here strides of 1 stand for nothing
+    weight = random_weight(8, 16 * 9, 0.4, 8)
+    filters = weight.to_dense().double().view(8, 16, 3, 3)
+    image = gpu.tensor(x).as_strided(x.shape, (16, 1, 1, 1))
+    y = ops.conv2d(image, gpu.weight(weight, layout, 9), kernel_size=(3, 3), padding=(1, 1))
+    assert relative_error(y.cpu(), F.conv2d(x.double(), filters, padding=1)) < 1.2e-2
 
 
 @pytest.mark.parametrize("layout", [Layout.DENSE, Layout.PAIRS])

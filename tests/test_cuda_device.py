@@ -297,6 +297,32 @@ def test_layers_move_between_devices_and_are_copied(
     assert torch.equal(layer.cpu()(x), before)
 
 
+def test_filters_are_packed_tap_by_tap_in_channels_last() -> None:
+    layer = pk.QuantSparseConv2d(16, 24, 3, padding=1)
+    x = torch.randn(2, 16, 9, 9)
+    wanted = layer(x)
+    portable = {name: array.clone() for name, array in layer.state_dict().items()}
+    layer.cuda()
+    assert layer.weight.taps == 1
+    layer.to(memory_format=torch.channels_last)
+    assert layer.weight.taps == 9
+    image = x.cuda().contiguous(memory_format=torch.channels_last)
+    y = layer(image.bfloat16())
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(y.cpu(), wanted) < 1.2e-2
+    fresh = pk.QuantSparseConv2d(16, 24, 3, padding=1).to("cuda", memory_format=torch.channels_last)
+    fresh.load_state_dict(layer.state_dict())
+    assert fresh.weight.taps == 9
+    assert torch.equal(fresh(image.bfloat16()), y)
+    compressed = pk.QuantSparseConv2d.from_float(fresh.to_dense(), pk.CompressConfig(bits=8))
+    assert compressed.weight.taps == 9
+    assert compressed.weight.to("cpu").taps == 1
+    assert compressed.weight.to("cpu").to("cuda", taps=9).taps == 9
+    layer.cpu()
+    for name, array in layer.state_dict().items():
+        assert torch.equal(array, portable[name])
+
+
 def test_autocast_takes_half_precision() -> None:
     layer = pk.QuantSparseLinear(100, 40, bits=8).cuda()
     x = torch.randn(5, 100, device="cuda")

@@ -309,6 +309,20 @@ def test_tables_are_filled_without_waiting_for_each_value(
         assert fills_its_table_at_once(function), name
 
 
+def test_sums_are_added_by_a_kernel_that_was_launched_early(
+    module: Module, architecture: str
+) -> None:
+    products = {name for name in READ if name.startswith(("direct_", "matmul_"))}
+    functions = read(module, architecture, {"finish_kernel"} | products)
+    finish = [i.opcode for i in functions.pop("finish_kernel").instructions]
+    hopper = architecture == "sm_90"  # the first that can launch one early
+    assert ("ACQBULK" in finish) == hopper  # waits for the kernel before it
+    if hopper:
+        assert not any(opcode.startswith("LDG") for opcode in finish[: finish.index("ACQBULK")])
+    for name, function in functions.items():
+        assert function.count("PREEXIT") == hopper, name
+
+
 @pytest.mark.parametrize("name", BUDGETS)
 def test_main_loops_stay_within_their_budget(module: Module, name: str) -> None:
     if "sm_90" not in module.architectures:

@@ -683,6 +683,26 @@ def test_to_meta_keeps_shapes() -> None:
     assert conv(torch.empty(3, 9, 9, device="meta")).shape == (8, 5, 5)
 
 
+def test_filters_follow_the_memory_format_of_a_model() -> None:
+    def last(layer: nn.Module) -> bool:
+        return layer.to_dense().weight.is_contiguous(memory_format=torch.channels_last)
+
+    dense = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    layer = QuantSparseConv2d.from_float(dense, CompressConfig(bits=5, threshold=0.01))
+    assert last(layer)
+    assert last(QuantSparseConv2d.from_weight(layer.weight, layer))
+    empty = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+    empty.load_state_dict(layer.state_dict())
+    assert last(empty)
+    assert not last(layer.to(memory_format=torch.contiguous_format))
+    assert last(layer.to(torch.float64, memory_format=torch.channels_last))
+    assert last(pickle.loads(pickle.dumps(layer)))
+    # What a linear layer has no say in, it does not refuse.
+    nn.Sequential(nn.Conv3d(2, 2, 3), QuantSparseLinear(4, 3)).to(
+        memory_format=torch.channels_last_3d
+    )
+
+
 def test_channels_last_models_and_images_go_together() -> None:
     layer = QuantSparseConv2d(3, 8, 3).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 7, 7)

@@ -297,7 +297,7 @@ void codebook_gradient(const CodebookGradientCall& call, const Queue& queue) {
              shape.dilation_w, " reaches over more than 32,767 pixels; train it on the CPU");
     with_kernel(call.weight, call.source.dtype, [&](auto kernel, int set, int stage) {
         const auto shared = static_cast<size_t>(shared_bytes(plan, set, stage));
-        launch(queue, kernel, dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared, call,
+        launch(queue, kernel, {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared}, call,
                "codebook_gradient, rows = ", call.rows, ", K = ", call.weight.K, ", N = ", call.N);
     });
 }

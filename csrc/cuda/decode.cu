@@ -216,8 +216,9 @@ void launch_dense(const DecodeArgs& args, const Queue& queue) {
     with_type(args.dense.dtype, [&](auto type) {
         using T = decltype(type);
         const bool one = weight.one_codebook();
-        launch(queue, one ? decode_dense<kWidth, true, T> : decode_dense<kWidth, false, T>, grid,
-               kWarps * kWarp, one ? Table<kWidth>::kBytes : 0, args, "decode, rows = ", args.rows,
+        const size_t shared = one ? Table<kWidth>::kBytes : 0;
+        launch(queue, one ? decode_dense<kWidth, true, T> : decode_dense<kWidth, false, T>,
+               {grid, kWarps * kWarp, shared}, args, "decode, rows = ", args.rows,
                ", K = ", weight.K);
     });
 }
@@ -229,7 +230,7 @@ void launch_pairs(const DecodeArgs& args, const Queue& queue) {
     with_type(args.dense.dtype, [&](auto type) {
         using T = decltype(type);
         launch(queue, weight.one_codebook() ? decode_pairs<true, T> : decode_pairs<false, T>,
-               dim3(blocks), kWarps * kWarp, 4 * kCodes + kWarps * kPieceSlots * sizeof(T), args,
+               {dim3(blocks), kWarps * kWarp, 4 * kCodes + kWarps * kPieceSlots * sizeof(T)}, args,
                "decode, rows = ", args.rows, ", K = ", weight.K);
     });
 }
@@ -237,6 +238,8 @@ void launch_pairs(const DecodeArgs& args, const Queue& queue) {
 }  // namespace
 
 void decode(const DecodeArgs& args, const Queue& queue) {
+    PK_CHECK(args.taps == 1 || args.weight.taps == 1, "decode: columns that lie by ",
+             args.weight.taps, " taps already, expected taps = 1, not ", args.taps);
     if (args.rows == 0 || args.weight.K == 0) return;
     if (args.weight.layout == Layout::kPairs)
         launch_pairs(args, queue);

@@ -9,6 +9,7 @@
 //
 // With several codebooks a block has 16 rows of one of them, and fills its table from that. Nothing
 // is tuned for it: small codebooks are read again by every block of their group.
+#include "instructions.cuh"
 #include "ops.h"
 #include "output.cuh"
 #include "table.cuh"
@@ -143,6 +144,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) direct_dense(DirectArgs args
             }
         }
     }
+    let_next_kernel_start();
 
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
@@ -263,6 +265,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarp, kSharedX ? 2 : 1)
             }
         }
     }
+    let_next_kernel_start();
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -278,8 +281,9 @@ void launch_direct(const DirectArgs& args, const Queue& queue) {
     const auto columns = static_cast<unsigned>((args.out.N + kN - 1) / kN);
     const auto splits = static_cast<unsigned>(args.out.splits);
     const auto run = [&](auto kernel, int64_t blocks, int threads, size_t shared) {
-        launch(queue, kernel, dim3(static_cast<unsigned>(blocks), splits, columns), threads, shared,
-               args, "linear, M = ", weight.M, ", K = ", weight.K, ", N = ", args.out.N);
+        launch(queue, kernel,
+               {dim3(static_cast<unsigned>(blocks), splits, columns), threads, shared}, args,
+               "linear, M = ", weight.M, ", K = ", weight.K, ", N = ", args.out.N);
     };
     if (weight.layout == Layout::kDense) {
         constexpr size_t kSums = sizeof(float) * kWarps * kN * kUnitRows;

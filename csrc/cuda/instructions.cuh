@@ -148,6 +148,23 @@ __device__ __forceinline__ void wait_for_copies_before() {
 #endif
 }
 
+// In a kernel launched early (launch.cuh): waits until the kernel before it on the stream has ended
+// and its writes can be seen. Nothing before compute capability 9.0, where none is launched early.
+// (PTX ISA, griddepcontrol.)
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets a kernel behind this one that is launched early take free places, once every block of this
+// one has come here or ended.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Asks for `bytes` of global memory to be brought to the L2 cache: one instruction of one lane,
 // which nothing waits for. Address and size are multiples of 16. Nothing before compute
 // capability 9.0.

@@ -44,7 +44,9 @@ struct Plan {
         blocks = static_cast<int>(std::min<int64_t>(processors, (n + share - 1) / share));
     }
 
-    int shared_bytes() const { return shared.sums() + warps * shared.warp_sums(); }
+    size_t shared_bytes() const {
+        return static_cast<size_t>(shared.sums() + warps * shared.warp_sums());
+    }
 };
 
 // What the kernels hand on to each other, one after the other in the workspace.
@@ -315,9 +317,9 @@ void kmeans_assign(const KmeansAssignCall& call, const Queue& queue) {
     const Workspace work(call.workspace, plan);
     const int64_t warps = static_cast<int64_t>(plan.blocks) * plan.warps;
     const Sort sort{plan.shared, call.centroids, work.made};
-    launch(queue, sort_kernel, dim3(1), kSortThreads,
-           plan.shared.counts() + 2 * kMaxCodes * sizeof(float), sort, "kmeans_assign: sorting ",
-           call.count, " centroids");
+    launch(queue, sort_kernel,
+           {dim3(1), kSortThreads, plan.shared.counts() + 2 * kMaxCodes * sizeof(float)}, sort,
+           "kmeans_assign: sorting ", call.count, " centroids");
     if (call.n > 0) {
         const int64_t past = reinterpret_cast<uintptr_t>(call.points) % sizeof(float4);
         const int64_t head =
@@ -326,13 +328,14 @@ void kmeans_assign(const KmeansAssignCall& call, const Queue& queue) {
         const bool wide = reinterpret_cast<uintptr_t>(call.codes + head) % sizeof(uint32_t) == 0;
         const Pass pass{call.n, plan.shared,   call.points, call.codes, head,
                         tiles,  tiles % warps, wide,        work};
-        launch(queue, assign_kernel, dim3(plan.blocks), plan.warps * kWarp, plan.shared_bytes(),
+        launch(queue, assign_kernel, {dim3(plan.blocks), plan.warps * kWarp, plan.shared_bytes()},
                pass, "kmeans_assign: n = ", call.n, ", count = ", call.count);
     }
     const Rows rows{call.count, warps, plan.blocks, work, call.sums, call.counts};
-    launch(queue, add_rows_kernel, dim3((call.count + kRowCodes - 1) / kRowCodes),
-           kRowCodes * kRowSlots, 2 * sizeof(double) * kRowCodes * kRowSlots, rows,
-           "kmeans_assign: adding the sums of ", warps, " warps, count = ", call.count);
+    launch(queue, add_rows_kernel,
+           {dim3((call.count + kRowCodes - 1) / kRowCodes), kRowCodes * kRowSlots,
+            2 * sizeof(double) * kRowCodes * kRowSlots},
+           rows, "kmeans_assign: adding the sums of ", warps, " warps, count = ", call.count);
 }
 
 }  // namespace placekern::cuda

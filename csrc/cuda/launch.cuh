@@ -70,20 +70,36 @@ void allow_shared(void (*kernel)(Args), size_t shared, int device, const Words&.
                   words..., ", ", shared, " bytes of shared memory");
 }
 
-// Runs `kernel(args)` on grid x threads with `shared` bytes of dynamic shared memory. The words
-// behind it are for the message: what was launched, with which sizes.
+// Blocks of a launch: how many, and what each takes.
+struct Grid {
+    dim3 blocks;
+    int threads;
+    size_t shared = 0;  // bytes of dynamic shared memory
+    // May start while the kernel before it on the stream still runs, once that one lets it
+    // (instructions.cuh). Its threads wait for that one's end before they touch memory.
+    bool early = false;
+};
+
+// Runs `kernel(args)`. The words behind it are for the message: what was launched, with which
+// sizes.
 template <class Args, class... Words>
-void launch(const Queue& queue, void (*kernel)(Args), dim3 grid, int threads, size_t shared,
-            const Args& args, const Words&... words) {
+void launch(const Queue& queue, void (*kernel)(Args), const Grid& grid, const Args& args,
+            const Words&... words) {
     const DeviceScope scope(queue.device);
-    allow_shared(kernel, shared, queue.device, words...);
+    allow_shared(kernel, grid.shared, queue.device, words...);
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared;
+    config.gridDim = grid.blocks;
+    config.blockDim = dim3(grid.threads);
+    config.dynamicSmemBytes = grid.shared;
     config.stream = reinterpret_cast<cudaStream_t>(queue.stream);
-    PK_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args), words..., ", grid ", grid.x, " x ",
-                  grid.y, " x ", grid.z, " of ", threads, " threads");
+    config.attrs = &early;
+    config.numAttrs =
+        grid.early && attribute(cudaDevAttrComputeCapabilityMajor, queue.device) >= 9 ? 1 : 0;
+    PK_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args), words..., ", grid ", grid.blocks.x,
+                  " x ", grid.blocks.y, " x ", grid.blocks.z, " of ", grid.threads, " threads");
     PK_CUDA_CHECK(cudaGetLastError(), words...);
 }
 

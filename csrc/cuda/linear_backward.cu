@@ -361,7 +361,7 @@ void linear_backward(const LinearBackwardCall& call, const Queue& queue) {
                 : dim3(static_cast<unsigned>(plan.blocks) / side, side);
         with_kernel(call.weight, call.dtype, plan.columns, wanted, plan.warps,
                     [&](auto kernel, size_t shared, int) {
-                        launch(queue, kernel, grid, plan.warps * kWarp, shared, call,
+                        launch(queue, kernel, {grid, plan.warps * kWarp, shared}, call,
                                "linear_backward, M = ", call.weight.M, ", K = ", call.weight.K,
                                ", N = ", call.N);
                     });

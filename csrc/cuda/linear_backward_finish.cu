@@ -94,7 +94,7 @@ void finish_linear_backward(const LinearBackwardCall& call, const Queue& queue) 
     const Finish finish(call);
     if (finish.blocks() == 0) return;
     const auto start = [&](auto kernel) {
-        launch(queue, kernel, dim3(finish.blocks()), kFinishThreads, 0, call,
+        launch(queue, kernel, {dim3(finish.blocks()), kFinishThreads}, call,
                "linear_backward: adding ", call.plan.splits, " sums, K = ", call.weight.K,
                ", N = ", call.N);
     };

@@ -1,7 +1,7 @@
-// y = W X for up to some hundred columns: a warp decodes 16 or 32 rows of weights into the
-// fragments of mma.sync. In the dense layout a lane owns 16 neighbouring columns of two rows
-// (layout.cuh), and X lies in shared memory in the same order, so fragments need neither shuffles
-// nor ldmatrix. Pairs are scattered over a tile of rows first.
+// y = W X for a layer's rows, or the windows of a small convolution: a warp decodes 16 or 32 rows
+// of weights into the fragments of mma.sync. In the dense layout a lane owns 16 neighbouring
+// columns of two rows (layout.cuh), and X lies in shared memory in the same order, so fragments
+// need neither shuffles nor ldmatrix. Pairs are scattered over a tile of rows first.
 //
 // What limits it: bytes at 16 columns of the dense layout; at 64, and for pairs, shared memory. Of
 // 1,024 positions of the dense layout: 32 wavefronts of lookups, 64 of X for 64 columns, halved
@@ -79,13 +79,16 @@ bool matmul(const MatmulArgs& asked, const Queue& queue) {
     const Output& out = args.out;
     PK_CHECK(args.weight.one_codebook(), "matmul: group_size is ", args.weight.group_size,
              " of M = ", args.weight.M, ", expected one codebook; decode the weight instead");
+    PK_CHECK(out.M <= INT32_MAX && out.N <= INT32_MAX, "matmul: M = ", out.M, ", N = ", out.N,
+             ", expected less than 2^31 of each; use smaller batches");
     if (out.N == 0 || out.M == 0) return true;
     if (args.source.image) {
         const ConvShape& shape = args.source.shape;
-        // In the dense layout 16 rows are read at once.
-        const bool apart = shape.groups == 1 || args.weight.layout == Layout::kPairs ||
-                           args.weight.M / shape.groups % kUnitRows == 0;
-        if (!has_taps(shape) || !apart) return false;
+        PK_CHECK(shape.groups == 1 || args.weight.layout == Layout::kPairs ||
+                     args.weight.M / shape.groups % kUnitRows == 0,
+                 "matmul: ", args.weight.M, " rows in ", shape.groups,
+                 " groups of a convolution, expected a multiple of 16 in each in the dense layout");
+        if (!has_taps(shape)) return false;
     }
     args.source.vectors = has_vectors(args.weight, args.source);
     const bool ring = attribute(cudaDevAttrComputeCapabilityMajor, queue.device) >= 8;
@@ -95,7 +98,7 @@ bool matmul(const MatmulArgs& asked, const Queue& queue) {
         const dim3 grid(static_cast<unsigned>(row_blocks),
                         static_cast<unsigned>((out.N + 8 * tiles - 1) / (8 * tiles)),
                         static_cast<unsigned>(out.splits));
-        launch(queue, kernel, grid, kWarps * kWarp, shared, args, "matmul, M = ", out.M,
+        launch(queue, kernel, {grid, kWarps * kWarp, shared}, args, "matmul, M = ", out.M,
                ", K = ", args.weight.K, ", N = ", out.N);
     });
     finish(out, queue);

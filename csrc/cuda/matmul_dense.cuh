@@ -216,6 +216,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
         spare_tile = tile;
         tile = tile == Shared::kXTiles - 1 ? 0 : tile + 1;
     }
+    let_next_kernel_start();
     write<kTiles, kRowBlocks>(sums, args.out, block_rows.first, block_rows.end, n0, lane, warp);
 }
 

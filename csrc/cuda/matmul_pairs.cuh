@@ -217,6 +217,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 ? resident_blocks_o
         }
         __syncthreads();  // X and the own rows are read; the next window may overwrite them
     }
+    let_next_kernel_start();
     write<kTiles, kRowBlocks>(sums, args.out, block_rows.first, block_rows.end, n0, lane, warp);
 }
 

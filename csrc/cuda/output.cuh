@@ -17,7 +17,9 @@ __device__ inline float bias_of(const Output& out, int64_t m) {
 
 // y[n, m] = sum, which has its bias, after ReLU.
 __device__ inline void store_biased(const Output& out, int64_t n, int64_t m, float sum) {
-    const int64_t image = out.pixels == 1 ? n : n / out.pixels;
+    // Of 32 bits: a division of 64 takes a hundred instructions.
+    const int64_t image =
+        out.pixels == 1 ? n : static_cast<unsigned>(n) / static_cast<unsigned>(out.pixels);
     const int64_t place =
         image * out.image_stride + (n - image * out.pixels) * out.pixel_stride + m * out.row_stride;
     // Not fmaxf: a NaN must come through.

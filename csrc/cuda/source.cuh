@@ -1,5 +1,5 @@
 // The columns that a weight is multiplied with, read a tile at a time: rows of a matrix, or the
-// windows that a convolution sees of an image, gathered where they lie (no im2col array exists).
+// windows that a convolution sees of an image, taken from where they lie (no im2col array exists).
 // In a tile a column of the product is a row of memory; its 64 (256) elements are padded so that
 // the 16-byte reads of eight lanes fall into different banks.
 #pragma once
@@ -68,7 +68,11 @@ inline bool has_taps(const ConvShape& shape) {
 inline bool has_vectors(const DeviceWeight& weight, const Source& source) {
     const ConvShape& s = source.shape;
     const int64_t vector = source.dtype == Dtype::kFloat32 ? 4 : 8;
-    const int64_t on_vectors[] = {s.channels, source.stride_n, source.stride_h, source.stride_w};
+    // What a dimension of one adds to an address is zero wherever an element is read.
+    const auto stride = [](int64_t size, int64_t stride) { return size == 1 ? 0 : stride; };
+    const int64_t on_vectors[] = {s.channels, stride(s.batch, source.stride_n),
+                                  stride(s.height, source.stride_h),
+                                  stride(s.width, source.stride_w)};
     return source.image && weight.taps == s.kernel_h * s.kernel_w && source.stride_c == 1 &&
            reinterpret_cast<uintptr_t>(source.x) % sizeof(uint4) == 0 &&
            std::all_of(std::begin(on_vectors), std::end(on_vectors),

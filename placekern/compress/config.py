@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..codebook import codebook_shape, group_size_of
+from ..memory_format import is_channels_last
 from ..nn import COMPRESSED_KINDS
 from ..weight import QuantSparseWeight, as_matrix
 from . import prune, quantize
@@ -211,9 +212,10 @@ class CompressConfig:
             books.append(book)
             codes.append(code)
         codebook = torch.stack(books) if len(books) > 1 else books[0]
-        return QuantSparseWeight.from_mask(
+        made = QuantSparseWeight.from_mask(
             mask, torch.cat(codes), codebook.to(weight.device, weight.dtype)
         )
+        return made.to_layout(made.layout, weight[0, 0].numel() if is_channels_last(weight) else 1)
 
     def _quantize(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """A codebook, float32 [2^bits], and codes, uint8 [n], of the kept weights [n]."""

@@ -156,6 +156,7 @@ class TrainedCodebook:
         )
         new = QuantSparseWeight.from_csr(row_ptr, col_ind, codes, entries, old.shape, old.bits)
         new.codebook = self.parameter
+        new = new.to_layout(new.layout, old.taps)
         for layer in self.layers:
             layer.weight = new
         self._offsets = values - self._rounded()

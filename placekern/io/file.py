@@ -137,9 +137,11 @@ def contents(
 
 def _same_weight(one: QuantSparseModule, other: QuantSparseModule) -> bool:
     """Whether they train one codebook on the same codes; copies of the arrays count as the same."""
-    return one.codebook is other.codebook and all(
-        torch.equal(getattr(one, array), getattr(other, array)) for array in _ARRAYS[:3]
-    )
+    if one.codebook is not other.codebook:
+        return False
+    # On a GPU the same codes may lie in different orders.
+    packed = [layer.weight.to_layout(layer.weight.best_layout("cpu")) for layer in (one, other)]
+    return all(torch.equal(*(getattr(w, array) for w in packed)) for array in _ARRAYS[:3])
 
 
 def _key(layer: str, tensor: str) -> str:

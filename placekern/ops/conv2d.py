@@ -1,6 +1,7 @@
 """`conv2d`: whatever nn.Conv2d takes (groups, strides, paddings, dilations), on compressed weights.
 
-The output takes x's memory format, and neither format is copied into the other.
+The output takes x's memory format. Neither format is copied into the other, but on a GPU where
+that of the filters is the other one.
 """
 
 from __future__ import annotations
@@ -126,11 +127,19 @@ def _conv2d_shape(
     )
 
 
+def _memory_format(x: Tensor, weight: _native.Weight) -> torch.memory_format:
+    """That of y: of x, or of the filters where x is in both, as an image of one channel is."""
+    if weight.taps > 1 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return memory_format_of(x)
+
+
 def _conv2d_empty(x: Tensor, weight: _native.Weight, shape: _native.ConvShape) -> Tensor:
     size = (shape.batch, weight.M, shape.out_height, shape.out_width)
-    if x.is_contiguous():
+    if weight.taps == 1 and x.is_contiguous():
         return x.new_empty(size)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+    form = _memory_format(x, weight)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=form)
 
 
 def _conv2d_fake(x: Tensor, *args: Any) -> Tensor:
@@ -146,7 +155,7 @@ def _conv2d(x: Tensor, *args: Any) -> Tensor:
     if weight.layout in DEVICE_LAYOUTS:
         y = _conv2d_empty(x, weight, shape)
         y = device.conv2d(weight, shape, sizes[2], x.detach(), bias, y, relu)
-        return y.contiguous(memory_format=memory_format_of(x))
+        return y.contiguous(memory_format=_memory_format(x, weight))
     dtype = common.compute_dtype(x)
     image = x if x.dtype is dtype else x.to(dtype)
     y = _conv2d_empty(image, weight, shape)

@@ -58,7 +58,14 @@ enum cudaStreamCaptureStatus {
 };
 
 using cudaStream_t = struct CUstream_st*;
-struct cudaLaunchAttribute;
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    union {
+        int programmaticStreamSerializationAllowed;
+    } val;
+};
 
 struct cudaLaunchConfig_t {
     dim3 gridDim;

@@ -141,6 +141,10 @@ void wait_for_copies_before() {
     while (emulated::next_copy(&copy, kLatest)) emulated::finish_copy(copy);
 }
 
+// Launches come one after the other; what is seen is whether threads wait at all.
+inline void wait_for_previous_kernel() { emulated::wait_for_previous_kernel(); }
+inline void let_next_kernel_start() {}
+
 // Reads what it asks for, so that a sanitizer sees where that is not memory.
 inline void prefetch_to_l2(const void* global, uint32_t bytes,
                            emulated::Site site = emulated::here()) {

@@ -45,6 +45,9 @@ Outcome run_grid(dim3 grid, dim3 block, size_t shared, void (*run)(void*), void*
 [[noreturn]] void fail(int status, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 int lane();
+// Of a thread, in a launch that may run before the one before it has ended: once.
+void wait_for_previous_kernel();
+
 int capability();  // of the device of the launch that runs, 90 for 9.0
 
 // __syncthreads() and __syncwarp(): these order memory.

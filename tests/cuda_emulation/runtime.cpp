@@ -1,6 +1,7 @@
 // CUDA's host functions for one device with one stream, which runs a launch before it returns.
 // PLACEKERN_EMULATED_CAPABILITY (9.0) and PLACEKERN_EMULATED_SHARED (232448, bytes a block may ask
 // for) make it another device.
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -20,6 +21,7 @@ std::unordered_map<const void*, int> allowed_shared;
 thread_local emulated::Outcome last_outcome;  // its text explains its status, until another comes
 thread_local cudaError_t last_error = cudaSuccess;
 int launched_capability;
+std::atomic<long> unwaited;  // threads of an early launch that have yet to wait
 
 cudaError_t remember(cudaError_t status) {
     if (status != cudaSuccess) last_error = status;
@@ -50,6 +52,8 @@ int read_capability() {
 namespace emulated {
 
 int capability() { return launched_capability; }
+
+void wait_for_previous_kernel() { --unwaited; }
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
     if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
@@ -91,8 +95,17 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
         static_cast<size_t>(allowed < shared_limit() ? allowed : shared_limit()))
         return refuse(cudaErrorInvalidValue,
                       "invalid argument: more shared memory than the kernel was allowed");
+    const bool early =
+        config.numAttrs == 1 && config.attrs->val.programmaticStreamSerializationAllowed;
     launched_capability = read_capability();
+    if (early && launched_capability < 90)
+        return refuse(cudaErrorInvalidValue, "invalid argument: launched early before Hopper");
+    unwaited =
+        early ? static_cast<long>(grid.x) * grid.y * grid.z * block.x * block.y * block.z : 0;
     last_outcome = run_grid(grid, block, config.dynamicSmemBytes, run, arguments);
+    if (last_outcome.status == cudaSuccess && unwaited > 0)
+        return refuse(cudaErrorLaunchFailure,
+                      "launched early, and a thread never waits for the kernel before it");
     return remember(static_cast<cudaError_t>(last_outcome.status));
 }
 
