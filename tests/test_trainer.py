@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,15 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from processes import child, on_two_ranks
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-import placekern
-from placekern import QuantSparseLinear, Recipe
+from placekern import QuantSparseLinear, Recipe, compress_
 from placekern.compress import fit
 from placekern.compress.fine_tune import FineTune
-
-ROOT = Path(placekern.__file__).parents[1]
 
 # The run of these tests: 24 samples in batches of 5 are 5 steps an epoch, 6 epochs are 30 steps.
 COMMON = """
@@ -97,17 +93,6 @@ print(json.dumps([record.steps, record.resumed_at, len(record.losses)]))
 )
 
 
-def child(source: str, *arguments: Any, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", source, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
-
-
 def finished(process: subprocess.Popen) -> tuple[int, str]:
     out, err = process.communicate(timeout=120)
     assert process.returncode in (0, -signal.SIGKILL), err
@@ -146,9 +131,6 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: 
 RANK = (
     COMMON
     + """
-import torch.distributed as dist
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 CONFIG |= {"schedule": "iterative", "prune_every": 6}  # prunes before the first step, too
 recipe = made(seed=rank)  # other weights on each rank: those of rank 0 are to count
 trained = []
@@ -156,19 +138,14 @@ def progress(phase, step, steps):
     name = "codebook" if phase == "codebook" else "weight"
     trained.append([getattr(layer, name).detach().clone() for layer in recipe.model[::3]])
 record = run(recipe, progress=progress, batch_size=3, checkpoint=f"{folder}/run{rank}.pt")
-torch.save([recipe.model.state_dict(), trained, recipe.steps], f"{folder}/rank{rank}.pt")
-dist.destroy_process_group()
+leave([recipe.model.state_dict(), trained, recipe.steps])
 """
 )
 
 
 def test_codebooks_are_bit_equal_on_all_ranks_and_rank_0_alone_saves(tmp_path: Path) -> None:
     pytest.importorskip("zstandard")  # in another process, where nothing skips
-    processes = [child(RANK, tmp_path, rank, OMP_NUM_THREADS="1") for rank in (0, 1)]
-    for process in processes:
-        out = process.communicate(timeout=120)
-        assert process.returncode == 0, out[1]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = on_two_ranks(RANK, tmp_path)
     assert first[2] == second[2] == 24  # 24 samples are 4 steps of 2 x 3
     assert [step[0].numel() for step in first[1]] == [12 * 16] * 16 + [8] * 8
     for own, other in zip(first[1], second[1], strict=True):
@@ -434,7 +411,7 @@ def test_fine_tuning_is_prepared_once() -> None:
 
 def test_zeros_of_codebooks_are_free() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
-    placekern.compress_(model, {"bits": 2, "layers": {"1": None}})
+    compress_(model, {"bits": 2, "layers": {"1": None}})
     with torch.no_grad():
         model[0].codebook = nn.Parameter(torch.zeros(2, 4))  # of two groups: no weight either
         model[1].weight[0] = 0
@@ -451,10 +428,7 @@ def test_zeros_of_codebooks_are_free() -> None:
 FINE_TUNED_RANK = (
     COMMON
     + """
-import torch.distributed as dist
 from placekern.compress.fine_tune import FineTune
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 torch.manual_seed(rank)
 model = nn.Linear(12, 1)
 with torch.no_grad():
@@ -466,18 +440,13 @@ def noted(model, batch):
 recipe = FineTune(model, torch.optim.SGD(model.parameters(), lr=0.01), keep_zeros=True)
 record = fit(recipe, Noisy(), noted, epochs=1, batch_size=None, shuffle=False, progress=False,
              seconds=(1e9, -1)[rank])  # rank 0's clock counts
-torch.save([model.state_dict(), seen, record.steps], f"{folder}/rank{rank}.pt")
-dist.destroy_process_group()
+leave([model.state_dict(), seen, record.steps])
 """
 )
 
 
 def test_fine_tuning_on_ranks(tmp_path: Path) -> None:
-    processes = [child(FINE_TUNED_RANK, tmp_path, rank, OMP_NUM_THREADS="1") for rank in (0, 1)]
-    for process in processes:
-        out = process.communicate(timeout=120)
-        assert process.returncode == 0, out[1]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = on_two_ranks(FINE_TUNED_RANK, tmp_path)
     assert all(torch.equal(value, second[0][key]) for key, value in first[0].items())
     assert (first[0]["weight"][0] == 0).tolist() == [True, False] * 6
     scope: dict[str, Any] = {}

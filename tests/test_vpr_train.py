@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import on_two_ranks
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -269,6 +270,26 @@ def test_a_recipe_compresses_while_it_trains(model, places, run) -> None:
     assert type(layer) is QuantSparseConv2d
     assert layer.bits == 4
     assert not model.training
+
+
+def test_training_on_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("zstandard")  # in another process, where nothing skips
+    source = f"""
+from placekern.vpr.city import City
+from placekern.vpr.models import build
+from placekern.vpr.train import train
+places = City(seed=5, size=(48, 64)).training(places=6, views=4)
+model = build("tiny-netvlad", clusters=8, seed=1)
+record = train(model, places.images, places.labels, steps=12, places=3, views=2, seed=3,
+               recipe={RECIPE!r}, checkpoint=folder + "/run.pt", checkpoint_every=4)
+leave([model.state_dict(), record.losses, record.report.phase])
+"""
+    first, second = on_two_ranks(source, tmp_path)
+    assert first[2] == second[2] == "final"
+    assert len(first[1]) == len(second[1]) == 12
+    assert first[1] != second[1]  # each has batches of its own
+    for name, value in first[0].items():
+        assert torch.equal(value, second[0][name]), name
 
 
 def test_a_recipe_repairs_what_one_shot_breaks(model, places) -> None:

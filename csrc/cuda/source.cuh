@@ -137,59 +137,61 @@ __device__ __forceinline__ void fill_pixels(Pixel* pixels, int n0, int64_t N, co
         pixels[i] = Pixel::of(n0 + i, N, source, group);
 }
 
-// Starts filling tile [kColumns, tile_stride] with the elements from first_k on of columns n0, n0 +
-// 1, ..., by all kThreads threads of a block. The first `real` of kSlots slots are elements, where
-// there are so many before K, the rest zeros. Complete after wait_for_copies() and a barrier. For
-// images, `pixels` are those of the columns and `taps` of the slots.
+// Starts copying vectors of 16 bytes to tile [kColumns, tile_stride]; a thread has the same slots
+// of several columns. The first `elements` of kSlots slots are elements, the rest zeros.
 template <int kThreads, int kColumns, int kSlots, class T>
-__device__ __forceinline__ void fill_tile(T* tile, const Source& source, const Pixel* pixels,
+__device__ __forceinline__ void copy_tile(T* tile, const Source& source, const Pixel* pixels,
                                           const Tap* taps, int n0, int64_t N, int first_k,
-                                          int64_t K, int real) {
+                                          int elements) {
     constexpr int kStride = tile_stride<T>(kSlots);
-    const int elements = min(real, static_cast<int>(K) - first_k);
-    const int thread = static_cast<int>(threadIdx.x);
-    const auto height = static_cast<unsigned>(source.shape.height);
-    const auto width = static_cast<unsigned>(source.shape.width);
-    if (!source.image || source.vectors) {  // a thread has the same slots of several columns
-        constexpr int kVector = sizeof(uint4) / sizeof(T);
-        constexpr int kVectors = kSlots / kVector;
-        constexpr int kStep = kThreads / kVectors;
-        static_assert(kColumns % kStep == 0);
-        const auto* const x = static_cast<const T*>(source.x);
-        const int slot = thread % kVectors * kVector;
-        const int column = thread / kVectors;
-        T* const to = tile + column * kStride + tile_place<T>(slot);
-        if (source.image) {
-            const Tap tap = taps[slot];
+    constexpr int kVector = sizeof(uint4) / sizeof(T);
+    constexpr int kVectors = kSlots / kVector;
+    constexpr int kStep = kThreads / kVectors;
+    static_assert(kColumns % kStep == 0);
+    const auto* const x = static_cast<const T*>(source.x);
+    const int slot = static_cast<int>(threadIdx.x) % kVectors * kVector;
+    const int column = static_cast<int>(threadIdx.x) / kVectors;
+    T* const to = tile + column * kStride + tile_place<T>(slot);
+    if (source.image) {
+        const Tap tap = taps[slot];
+        const auto height = static_cast<unsigned>(source.shape.height);
+        const auto width = static_cast<unsigned>(source.shape.width);
 #pragma unroll
-            for (int i = 0; i < kColumns; i += kStep) {
-                const Pixel pixel = pixels[column + i];
-                const bool known = (slot < elements) & pixel.has(tap, height, width);
-                copy_async(to + i * kStride, x + (known ? pixel.base + tap.offset : 0), known);
-            }
-        } else {
-            const T* from = x + (n0 + column) * source.stride + first_k + slot;
-            const int columns = slot < elements ? min(static_cast<int>(N) - n0, kColumns) : 0;
-#pragma unroll
-            for (int i = 0; i < kColumns; i += kStep) {
-                const bool known = column + i < columns;
-                copy_async(to + i * kStride, known ? from : x, known);
-                from += kStep * source.stride;
-            }
+        for (int i = 0; i < kColumns; i += kStep) {
+            const Pixel pixel = pixels[column + i];
+            const bool known = (slot < elements) & pixel.has(tap, height, width);
+            copy_async(to + i * kStride, x + (known ? pixel.base + tap.offset : 0), known);
         }
-        return;
+    } else {
+        const T* from = x + (n0 + column) * source.stride + first_k + slot;
+        const int columns = slot < elements ? min(static_cast<int>(N) - n0, kColumns) : 0;
+#pragma unroll
+        for (int i = 0; i < kColumns; i += kStep) {
+            const bool known = column + i < columns;
+            copy_async(to + i * kStride, known ? from : x, known);
+            from += kStep * source.stride;
+        }
     }
-    // Neighbouring threads take neighbouring pixels, which lie together in an image. Eight loads of
-    // a thread are on their way before it waits for the first.
+}
+
+// The same by single elements of an image. Neighbouring threads take neighbouring pixels, which lie
+// together there. Eight loads of a thread are on their way before it waits for the first.
+template <int kThreads, int kColumns, int kSlots, class T>
+__device__ __forceinline__ void gather_tile(T* tile, const Source& source, const Pixel* pixels,
+                                            const Tap* taps, int elements) {
+    constexpr int kStride = tile_stride<T>(kSlots);
     constexpr int kBatch = 8;
     constexpr int kStep = kThreads / kColumns;
     static_assert(kSlots % (kBatch * kStep) == 0);
     using Bits = std::conditional_t<sizeof(T) == 2, unsigned short, uint32_t>;
     const auto* const x = static_cast<const Bits*>(source.x);
-    auto* const row = reinterpret_cast<Bits*>(tile + thread % kColumns * kStride);
-    const Pixel pixel = pixels[thread % kColumns];
+    const int column = static_cast<int>(threadIdx.x) % kColumns;
+    auto* const row = reinterpret_cast<Bits*>(tile + column * kStride);
+    const Pixel pixel = pixels[column];
+    const auto height = static_cast<unsigned>(source.shape.height);
+    const auto width = static_cast<unsigned>(source.shape.width);
 #pragma unroll 1
-    for (int first = thread / kColumns; first < kSlots; first += kBatch * kStep) {
+    for (int first = threadIdx.x / kColumns; first < kSlots; first += kBatch * kStep) {
         Bits value[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
@@ -201,6 +203,21 @@ __device__ __forceinline__ void fill_tile(T* tile, const Source& source, const P
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) row[tile_place<T>(first + i * kStep)] = value[i];
     }
+}
+
+// Starts filling tile [kColumns, tile_stride] with the elements from first_k on of columns n0, n0 +
+// 1, ..., by all kThreads threads of a block: `real` of kSlots slots, where there are so many
+// before K, and zeros behind them. Complete after wait_for_copies() and a barrier. For images,
+// `pixels` are those of the columns and `taps` of the slots.
+template <int kThreads, int kColumns, int kSlots, class T>
+__device__ __forceinline__ void fill_tile(T* tile, const Source& source, const Pixel* pixels,
+                                          const Tap* taps, int n0, int64_t N, int first_k,
+                                          int64_t K, int real) {
+    const int elements = min(real, static_cast<int>(K) - first_k);
+    if (!source.image || source.vectors)
+        copy_tile<kThreads, kColumns, kSlots>(tile, source, pixels, taps, n0, N, first_k, elements);
+    else
+        gather_tile<kThreads, kColumns, kSlots>(tile, source, pixels, taps, elements);
 }
 
 }  // namespace placekern::cuda
