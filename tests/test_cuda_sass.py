@@ -127,7 +127,7 @@ BUDGETS = {
 }
 
 
-# Multiply-adds that a warp has left to do when it asks for codes: of all the units or chunks that
+# Multiply-adds, or products of tensor cores, that a warp has left to do when it asks for codes: of all the units or chunks that
 # are on their way, but for what is begun before the loads are issued.
 PREFETCHED = {
     "direct_dense<8, 1, bfloat16>": 2 * 32 - 8,
@@ -136,6 +136,8 @@ PREFETCHED = {
     "direct_dense<5, 2, bfloat16>": 3 * 64 - 16,
     "direct_pairs<8, 1, bfloat16, true>": 2 * 8,
     "direct_pairs<8, 2, bfloat16, true>": 2 * 16,
+    "matmul_dense<8, 8, bfloat16>": 64,
+    "matmul_dense<5, 8, bfloat16>": 64,
 }
 CODES = r"LDG\.E\.EF"
 
@@ -339,7 +341,8 @@ def test_main_loops_stay_within_their_budget(module: Module, name: str) -> None:
 def test_codes_are_asked_for_before_the_work_on_others(module: Module, name: str) -> None:
     if "sm_90" not in module.architectures:
         pytest.skip(f"_cuda was built for {', '.join(module.architectures)} only")
-    way = read(module, "sm_90", {name})[name].main_way("FFMA", WIDE_LOAD)
-    work = work_behind_loads(way, CODES, "FFMA")
+    kind = "HMMA" if name.startswith("matmul") else "FFMA"
+    way = read(module, "sm_90", {name})[name].main_way(kind, WIDE_LOAD)
+    work = work_behind_loads(way, CODES, kind)
     assert work
     assert min(work) >= PREFETCHED[name]

@@ -14,35 +14,47 @@ namespace {
 template <int kTiles, class T>
 constexpr int kBlocks = kTiles >= 4 && sizeof(T) == 2 ? 2 : 1;
 
-// Codes of a warp on their way. Copies go to a ring of shared memory in which a lane reads only
-// what it copied itself, so that it waits for nobody else. Where copies wait, on Turing, registers
-// hold the next unit in its place.
-template <int kWidth, int kRowBlocks>
+// Codes of a warp on their way. With a ring, copies go to one in shared memory, in which a lane
+// reads only what it copied itself, so that it waits for nobody else. Else registers hold the next
+// unit, and those behind it are asked for as far as the L2 cache.
+template <int kWidth, int kRowBlocks, bool kRing>
 class CodesAhead {
   public:
     static constexpr int kStageBytes = kRowBlocks * kUnitBytes<kWidth>;
     static constexpr int kStages = kStageBytes > kUnitBytes<5> ? 3 : 4;
-    static constexpr int kBytes = kStages * kStageBytes;
+    static constexpr int kBytes = kRing ? kStages * kStageBytes : 0;
 
-    // `rows`: where the first unit of each block of rows is.
-    __device__ CodesAhead(unsigned char* ring, const uint8_t* const (&rows)[kRowBlocks], int lane)
+    // `rows`: where the first of `count` units of each block of rows is.
+    __device__ CodesAhead(unsigned char* ring, const uint8_t* const (&rows)[kRowBlocks], int count,
+                          int lane)
         : ring_(reinterpret_cast<uint32_t*>(ring)), lane_(lane) {
 #pragma unroll
-        for (int b = 0; b < kRowBlocks; ++b) from_[b] = rows[b];
+        for (int b = 0; b < kRowBlocks; ++b) {
+            from_[b] = rows[b];
+            if (!has_ring() && lane == 0 && count > 1)
+                prefetch_to_l2(rows[b] + kUnitBytes<kWidth>,
+                               min(count - 1, kFar - 1) * kUnitBytes<kWidth>);
+        }
     }
 
+    // Whether there is a ring: not where copies wait, on Turing.
+    __device__ static bool has_ring() { return kRing && copies_wait(); }
+
     // Units that are on their way while one is worked on.
-    __device__ static int depth() { return copies_wait() ? kStages - 1 : 1; }
+    __device__ static int depth() { return has_ring() ? kStages - 1 : 1; }
 
     // Starts the next unit, into the stage behind that of the last; never into one that was taken
-    // since the last wait.
-    __device__ __forceinline__ void start() {
+    // since the last wait. `left`: units with this one.
+    __device__ __forceinline__ void start(int left) {
 #pragma unroll
         for (int b = 0; b < kRowBlocks; ++b) {
-            if (copies_wait())
+            if (has_ring()) {
                 copy(ring_ + (next_ * kRowBlocks + b) * kWords, from_[b]);
-            else
+            } else {
                 held_[b] = load_codes<kWidth>(from_[b], lane_);
+                if (left > kFar && lane_ == 0)
+                    prefetch_to_l2(from_[b] + kFar * kUnitBytes<kWidth>, kUnitBytes<kWidth>);
+            }
             from_[b] += kUnitBytes<kWidth>;
         }
         next_ = next_ == kStages - 1 ? 0 : next_ + 1;
@@ -52,7 +64,7 @@ class CodesAhead {
     __device__ __forceinline__ void take(UnitCodes<kWidth> (&codes)[kRowBlocks]) {
 #pragma unroll
         for (int b = 0; b < kRowBlocks; ++b) {
-            if (copies_wait())
+            if (has_ring())
                 codes[b] = read(ring_ + (now_ * kRowBlocks + b) * kWords);
             else
                 codes[b] = held_[b];
@@ -61,6 +73,7 @@ class CodesAhead {
     }
 
   private:
+    static constexpr int kFar = 3;  // units ahead of the one that registers hold
     static constexpr int kWords = kUnitBytes<kWidth> / 4;
     static constexpr int kQuads = kWidth / 4 * 4;  // words of a lane that are copied in fours
 
@@ -102,7 +115,9 @@ class CodesAhead {
 
 template <int kWidth, int kTiles, class T>
 struct DenseShared {
-    using Codes = CodesAhead<kWidth, kBlocks<kTiles, T>>;
+    // Times 64 columns, a unit takes longer than memory does, and what limits it is shared memory.
+    static constexpr bool kHasRing = kTiles < 8;
+    using Codes = CodesAhead<kWidth, kBlocks<kTiles, T>, kHasRing>;
     static constexpr int kColumns = 8 * kTiles;
     static constexpr int kStride = tile_stride<T>(kUnitColumns);
     // Tiles of X: one that is read, the others on their way. TF32 takes twice the room.
@@ -131,7 +146,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
     auto* const entries = reinterpret_cast<uint32_t*>(placekern_shared);
     auto* const tiles = reinterpret_cast<T*>(placekern_shared + Table<kWidth>::kBytes);
     unsigned char* const rings = placekern_shared + Shared::kFixed;
-    auto* const pixels = reinterpret_cast<Pixel*>(rings + (copies_wait() ? Shared::kRing : 0));
+    auto* const pixels = reinterpret_cast<Pixel*>(rings + (Codes::has_ring() ? Shared::kRing : 0));
     auto* const taps = reinterpret_cast<Tap*>(pixels + Shared::kColumns);
     const int lane = threadIdx.x % kWarp;
     const int warp = threadIdx.x / kWarp;
@@ -157,13 +172,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
             args.out.N, static_cast<int>(first + i) * kUnitColumns, weight.K, kUnitColumns);
     };
     // On their way while the table is filled; of an image, X needs taps first.
-    Codes codes(rings + warp * Codes::kBytes, rows, lane);
+    Codes codes(rings + warp * Codes::kBytes, rows, count, lane);
 #pragma unroll
     for (int round = 1 - Codes::kStages; round < 0; ++round) {
         const int x = round + Shared::kXTiles - 1, c = round + Codes::kStages - 1;
         if (x >= 0 && x < count && !args.source.image) fill(x, x);
         commit_copies();
-        if (c < min(count, Codes::depth())) codes.start();
+        if (c < min(count, Codes::depth())) codes.start(count - c);
         commit_copies();
     }
     EscapedUnits<1> escapes[kRowBlocks];
@@ -192,7 +207,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) matmul_dense(MatmulArgs args
         codes.take(now);
         if (i + Shared::kXTiles - 1 < count) fill(i + Shared::kXTiles - 1, spare_tile);
         commit_copies();
-        if (i + Codes::depth() < count) codes.start();
+        if (i + Codes::depth() < count) codes.start(count - i - Codes::depth());
         commit_copies();
         Operand<T> operand[kRowBlocks];
 #pragma unroll
