@@ -127,8 +127,8 @@ BUDGETS = {
 }
 
 
-# Multiply-adds, or products of tensor cores, that a warp has left to do when it asks for codes: of all the units or chunks that
-# are on their way, but for what is begun before the loads are issued.
+# Multiply-adds, or products of tensor cores, that a warp has left to do when it asks for codes: of
+# all the units or chunks that are on their way, but for what is begun before the loads are issued.
 PREFETCHED = {
     "direct_dense<8, 1, bfloat16>": 2 * 32 - 8,
     "direct_dense<5, 1, bfloat16>": 3 * 32 - 8,
