@@ -133,10 +133,13 @@ def _products(weight: _native.Weight, shape: _native.ConvShape) -> int:
 
 def _most_products(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> int:
     """Up to how many `device_matmul` is the way to take."""
-    # Nearly what the kernel asks (has_vectors), and by sizes only.
-    copied = weight.taps == shape.kernel_h * shape.kernel_w and x.stride(1) == 1
-    copied = copied and shape.channels % (16 // x.element_size()) == 0
-    return _COPIED_PRODUCTS if copied else _GATHERED_PRODUCTS
+    return _COPIED_PRODUCTS if copies_windows(weight, shape, x) else _GATHERED_PRODUCTS
+
+
+def copies_windows(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> bool:
+    """Whether kernels copy windows of x by 16 bytes; nearly what they ask, and by sizes only."""
+    by_tap = weight.taps == shape.kernel_h * shape.kernel_w and x.stride(1) == 1
+    return by_tap and shape.channels % (16 // x.element_size()) == 0
 
 
 def _conv2d_by_slices(

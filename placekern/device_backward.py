@@ -50,8 +50,12 @@ def linear_backward(
     if not wanted[1]:
         return grad_x, None
     x, grad_y = _multipliable(x, grad_y)
-    transposed = grad_y.t().contiguous()  # it is read along the rows of x
-    strides = _native.GradY(transposed, max(N, 1), 0, 1, N)
+    if x.dtype != torch.float32 and weight.M % 8 == 0:  # it is copied by 16 bytes
+        rows = grad_y.contiguous()
+        strides = _native.GradY(rows, max(N, 1), 0, weight.M, 1)
+    else:
+        transposed = grad_y.t().contiguous()  # it is read along the rows of x
+        strides = _native.GradY(transposed, max(N, 1), 0, 1, N)
     source = device.rows_of(x)
     parts = (
         (codebook, _native.device_codebook_gradient(weight, source, strides, N, first, rows))
@@ -104,8 +108,12 @@ def conv2d_backward(
             "elements; use a smaller batch"
         )
     x, grad_y = _multipliable(x, grad_y)
-    image = grad_y.contiguous()
-    strides = _native.GradY(image, pixels, pixels * weight.M, 1, pixels)
+    if x.dtype != torch.float32 and weight.M % 8 == 0 and device.copies_windows(weight, shape, x):
+        image = grad_y.contiguous(memory_format=torch.channels_last)
+        strides = _native.GradY(image, pixels, pixels * weight.M, weight.M, 1)
+    else:
+        image = grad_y.contiguous()
+        strides = _native.GradY(image, pixels, pixels * weight.M, 1, pixels)
 
     def part(group: int, first: int, rows: int) -> Tensor:
         channels = slice(group * shape.channels, (group + 1) * shape.channels)

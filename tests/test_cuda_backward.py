@@ -220,6 +220,74 @@ def test_conv2d_agrees_with_plain_torch(
     assert relative_error(leaf.grad.cpu(), grad_x, terms) < precision
 
 
+# Rows and channels in eights: the gradient of the codebook copies its operands by 16 bytes.
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("M", "K", "N"), [(136, 600, 70), (8, 24, 300), (40, 250, 530)])
+def test_operands_of_linear_copied_by_16_bytes(
+    gpu: Gpu, layout: Layout, bits: int, dtype: torch.dtype, M: int, K: int, N: int
+) -> None:
+    weight = random_weight(M, K, 0.5, bits)
+    moved = gpu.weight(weight, layout)
+    codebook = moved.codebook.clone().requires_grad_()
+    x, grad_y = torch.randn(N, K).to(dtype), torch.randn(N, M).to(dtype)
+    ops.linear(gpu.tensor(x), with_codebook(moved, codebook)).backward(gpu.tensor(grad_y))
+    G = codebook_gradient(weight, grad_y.double().T @ x.double())
+    squares = codebook_gradient(weight, grad_y.double().square().T @ x.double().square())
+    assert relative_error(codebook.grad.cpu(), G, squares) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize(
+    ("channels", "M", "groups", "kernel", "sizes"),
+    [
+        (40, 136, 1, (3, 3), {"padding": (1, 1)}),
+        (16, 24, 1, (5, 3), {"padding": (2, 1), "stride": (2, 1), "dilation": (1, 2)}),
+        (48, 48, 3, (3, 3), {"padding": (1, 1)}),
+        (64, 8, 1, (1, 1), {}),
+    ],
+)
+def test_operands_of_conv2d_copied_by_16_bytes(
+    gpu: Gpu,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: Layout,
+    bits: int,
+    channels: int,
+    M: int,
+    groups: int,
+    kernel: tuple[int, int],
+    sizes: dict[str, tuple[int, int]],
+) -> None:
+    seen: list[Any] = []
+    native = _native.device_codebook_gradient
+
+    def noted(weight: Any, source: Any, grad_y: Any, *rest: Any) -> Tensor:
+        seen.append(grad_y.row_stride)
+        return native(weight, source, grad_y, *rest)
+
+    monkeypatch.setattr(_native, "device_codebook_gradient", noted)
+    weight = random_weight(M, channels // groups * kernel[0] * kernel[1], 0.5, bits)
+    moved = gpu.weight(weight, layout, kernel[0] * kernel[1])
+    codebook = moved.codebook.clone().requires_grad_()
+    x = torch.randn(2, channels, 11, 9).bfloat16().contiguous(memory_format=torch.channels_last)
+    options = {"kernel_size": kernel, "groups": groups, **sizes}
+    y = ops.conv2d(gpu.tensor(x), with_codebook(moved, codebook), **options)
+    grad_y = torch.randn(y.shape).bfloat16()
+    y.backward(gpu.tensor(grad_y))
+    assert seen == [1] * groups
+
+    def gradient(x: Tensor, grad_y: Tensor) -> Tensor:
+        shape = (M, channels // groups, *kernel)
+        G = torch.nn.grad.conv2d_weight(x, shape, grad_y, groups=groups, **sizes)
+        return codebook_gradient(weight, G.reshape(M, -1))
+
+    wanted = gradient(x.double(), grad_y.double())
+    squares = gradient(x.double().square(), grad_y.double().square())
+    assert relative_error(codebook.grad.cpu(), wanted, squares) < 1e-5
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", [5, 8])
 @pytest.mark.parametrize("kilobytes", [64, 99, 163])

@@ -8,7 +8,7 @@
 //
 // What limits it: with many columns, instructions that gather windows of an image (16 elements a
 // thread for 16 products a warp), or float32 multiply-adds; with few, bins.
-#include "codebook_gradient.cuh"
+#include "codebook_gradient_copied.cuh"
 
 #include <algorithm>
 
@@ -137,7 +137,7 @@ __device__ void add_pairs(const unsigned char* codes, const float (&sums)[8][4],
     });
 }
 
-template <int kWidth, bool kPairs, class T>
+template <int kWidth, bool kPairs, bool kCopied, class T>
 __global__ void __launch_bounds__(kThreads, 2) gradient(CodebookGradientCall call) {
     using Bins = CodeBins<kWidth>;
     constexpr int kSet = Bins::kBytes;
@@ -154,16 +154,20 @@ __global__ void __launch_bounds__(kThreads, 2) gradient(CodebookGradientCall cal
             fill_taps(&at<Tap>(placekern_shared, kTaps), kTile, item.column0, weight, call.source);
         fill_points<T>(call, item, 0);
         __syncthreads();
-        // A stage is fetched while the one before it is multiplied; behind the last come zeros.
         Sums sums = {};
         const auto stages = static_cast<unsigned>(item.n_end - item.n0 + kSpan<T> - 1) / kSpan<T>;
-        for (unsigned next = 0; next <= stages; ++next) {
-            Fetch<T> fetch;
-            fetch.load(call, item, next);
-            if (next % kBatch == 1) fill_points<T>(call, item, next / kBatch + 1);
-            if (next > 0) multiply<T>(sums, (next - 1) % 2, lane, warp);
-            fetch.store(call, next % 2);
-            __syncthreads();
+        if constexpr (kCopied) {
+            multiply_item<T>(sums, call, item, stages, lane, warp);
+        } else {
+            // A stage is fetched while the one before it is multiplied; behind the last come zeros.
+            for (unsigned next = 0; next <= stages; ++next) {
+                Fetch<T> fetch;
+                fetch.load(call, item, next);
+                if (next % kBatch == 1) fill_points<T>(call, item, next / kBatch + 1);
+                if (next > 0) multiply<T>(sums, (next - 1) % 2, lane, warp);
+                fetch.store(call, next % 2);
+                __syncthreads();
+            }
         }
 
         unsigned char* const all_bins = placekern_shared + kBins;
@@ -209,19 +213,30 @@ __global__ void __launch_bounds__(kThreads, 2) gradient(CodebookGradientCall cal
 }
 
 // Calls f with the kernel, the bytes of a set of bins, and those of the tiles that lie there
-// before.
-template <class F>
-void with_kernel(const DeviceWeight& weight, Dtype dtype, F f) {
+// before, whichever way they come.
+template <int kWidth, bool kPairs, class F>
+void with_kernel(Dtype dtype, bool copied, F f) {
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
-        const bool pairs = weight.layout == Layout::kPairs;
-        if (weight.width() == 5)
-            f(pairs ? gradient<5, true, T> : gradient<5, false, T>, CodeBins<5>::kBytes,
-              kStageBytes<T>);
-        else
-            f(pairs ? gradient<8, true, T> : gradient<8, false, T>, CodeBins<8>::kBytes,
-              kStageBytes<T>);
+        constexpr int kSet = CodeBins<kWidth>::kBytes;
+        if constexpr (sizeof(T) == 2) {
+            constexpr int kStage = std::max(kStageBytes<T>, kCopiedEnd<T>);
+            f(copied ? gradient<kWidth, kPairs, true, T> : gradient<kWidth, kPairs, false, T>, kSet,
+              kStage);
+        } else {
+            f(gradient<kWidth, kPairs, false, T>, kSet, kStageBytes<T>);
+        }
     });
+}
+
+template <class F>
+void with_kernel(const DeviceWeight& weight, Dtype dtype, bool copied, F f) {
+    if (weight.layout == Layout::kPairs)
+        weight.width() == 5 ? with_kernel<5, true>(dtype, copied, f)
+                            : with_kernel<8, true>(dtype, copied, f);
+    else
+        weight.width() == 5 ? with_kernel<5, false>(dtype, copied, f)
+                            : with_kernel<8, false>(dtype, copied, f);
 }
 
 // Bytes of shared memory that a block takes.
@@ -241,7 +256,7 @@ CodebookGradientPlan codebook_gradient_plan(const DeviceWeight& weight, Dtype dt
     const bool pairs = weight.layout == Layout::kPairs;
     CodebookGradientPlan plan = {1, 0, 0, 0, 0, pairs ? kWarpRows : 0};
     int64_t resident = 1;  // blocks that a multiprocessor holds
-    with_kernel(weight, dtype, [&](auto, int set, int stage) {
+    with_kernel(weight, dtype, false, [&](auto, int set, int stage) {
         for (int sets = kWarps; sets > 0 && resident == 1; sets /= 2) {
             const int least = kWarpRows * std::max(sets / 2, 1);  // of the warps that add at a time
             for (const int code_rows : {kTile, least}) {
@@ -281,7 +296,9 @@ CodebookGradientPlan codebook_gradient_plan(const DeviceWeight& weight, Dtype dt
     return plan;
 }
 
-void codebook_gradient(const CodebookGradientCall& call, const Queue& queue) {
+void codebook_gradient(const CodebookGradientCall& asked, const Queue& queue) {
+    CodebookGradientCall call = asked;
+    call.copied = can_copy(call);
     const CodebookGradientPlan& plan = call.plan;
     if (plan.blocks == 0) return;
     const GradYSource& grad_y = call.grad_y;
@@ -295,7 +312,7 @@ void codebook_gradient(const CodebookGradientCall& call, const Queue& queue) {
     PK_CHECK(!call.source.image || has_taps(shape), "codebook_gradient: a kernel of ",
              shape.kernel_h, " x ", shape.kernel_w, " with dilation ", shape.dilation_h, " x ",
              shape.dilation_w, " reaches over more than 32,767 pixels; train it on the CPU");
-    with_kernel(call.weight, call.source.dtype, [&](auto kernel, int set, int stage) {
+    with_kernel(call.weight, call.source.dtype, call.copied, [&](auto kernel, int set, int stage) {
         const auto shared = static_cast<size_t>(shared_bytes(plan, set, stage));
         launch(queue, kernel, {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared}, call,
                "codebook_gradient, rows = ", call.rows, ", K = ", call.weight.K, ", N = ", call.N);

@@ -44,13 +44,17 @@ struct __align__(16) Item {
 // Shared memory in bytes: the item, then tiles, or in their place bins.
 constexpr int kItem = 0;
 constexpr int kBins = kItem + static_cast<int>(sizeof(Item));
-constexpr int kXTiles = kBins;
-constexpr int kGradYTiles = kXTiles + 2 * kTileBytes;
-constexpr int kTaps = kGradYTiles + 2 * kTileBytes;
+constexpr int kTaps = kBins;
 template <class T>
 constexpr int kPoints = kTaps + kTile * static_cast<int>(sizeof(Tap));
 template <class T>
-constexpr int kStageBytes = kPoints<T> + 2 * kBatch * kSpan<T> * static_cast<int>(sizeof(Point));
+constexpr int kTiles = kPoints<T> + 2 * kBatch * kSpan<T> * static_cast<int>(sizeof(Point));
+template <class T>
+constexpr int kXTiles = kTiles<T>;
+template <class T>
+constexpr int kGradYTiles = kXTiles<T> + 2 * kTileBytes;
+template <class T>
+constexpr int kStageBytes = kGradYTiles<T> + 2 * kTileBytes;
 
 // Operands lie in the tiles as lanes want them: the words of lane 4 g + q for 16 rows, or for two
 // products, are one vector. Vectors of four g change places, so that threads which store words, and
@@ -109,8 +113,8 @@ class Fetch {
     __device__ __forceinline__ void store(const CodebookGradientCall& call, int tile) const {
         const int line = threadIdx.x % kLines;
         unsigned char* const grad_y =
-            placekern_shared + (kGradYTiles + tile * kTileBytes + 4 * row_place(row(), line));
-        unsigned char* const x = placekern_shared + (kXTiles + tile * kTileBytes);
+            placekern_shared + (kGradYTiles<T> + tile * kTileBytes + 4 * row_place(row(), line));
+        unsigned char* const x = placekern_shared + (kXTiles<T> + tile * kTileBytes);
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) at<uint32_t>(grad_y, i * 8 * kStep * 4) = word(grad_y_[i]);
         if (call.source.image) {
@@ -239,8 +243,8 @@ __device__ __forceinline__ void read(uint32_t (&word)[4], int byte) {
 template <class T>
 __device__ __forceinline__ void multiply(Sums& sums, int tile, int lane, int warp) {
     const int g = lane / 4, q = lane % 4;
-    const int rows = kGradYTiles + tile * kTileBytes + warp % kRowWarps * (2 * 512);
-    const int slots = kXTiles + tile * kTileBytes + warp / kRowWarps * (4 * 512);
+    const int rows = kGradYTiles<T> + tile * kTileBytes + warp % kRowWarps * (2 * 512);
+    const int slots = kXTiles<T> + tile * kTileBytes + warp / kRowWarps * (4 * 512);
     if constexpr (sizeof(T) == 2) {
         uint32_t left[2][4];
 #pragma unroll

@@ -92,6 +92,15 @@ __device__ __forceinline__ void load_matrices(uint32_t (&word)[4], const void* r
                  : "memory");
 }
 
+// The same with each matrix transposed: lane 4 g + q gets of matrix i column g, rows 2q and 2q + 1.
+__device__ __forceinline__ void load_transposed(uint32_t (&word)[4], const void* row) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 // Whether copy_async and copy_word_async only start a copy: Turing copies at once, and waits.
 __device__ constexpr bool copies_wait() {
 #if __CUDA_ARCH__ >= 800

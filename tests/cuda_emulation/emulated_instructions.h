@@ -116,6 +116,26 @@ inline void load_matrices(uint32_t (&word)[4], const void* row,
     }
 }
 
+inline void load_transposed(uint32_t (&word)[4], const void* row,
+                            emulated::Site site = emulated::here()) {
+    emulated::check_shared("load_transposed", row, nullptr, 16, site);
+    uint64_t halves[2];
+    const uint4 own = *static_cast<const uint4*>(row);
+    std::memcpy(halves, &own, sizeof(halves));
+    const int g = emulated::lane() / 4, q = emulated::lane() % 4;
+    for (int half = 0; half < 2; ++half) {
+        const uint64_t* rows =
+            emulated::gather("load_transposed", emulated::kFullMask, halves[half], site);
+        if (g / 4 != half) continue;
+        for (int i = 0; i < 4; ++i) {
+            const auto element = [&](int row) {
+                return static_cast<uint32_t>(rows[8 * i + row] >> (16 * (g % 4))) & 0xffffu;
+            };
+            word[i] = element(2 * q) | element(2 * q + 1) << 16;
+        }
+    }
+}
+
 inline bool copies_wait() { return emulated::capability() >= 80; }
 
 inline void copy_async(void* shared, const void* global, bool inside,
