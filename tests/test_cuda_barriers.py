@@ -64,6 +64,10 @@ for layout in (Layout.DENSE, Layout.PAIRS):
             image.codebook.requires_grad_()
             x = torch.randn(1, 30, 5, 5).bfloat16()
             ops.conv2d(x, image, kernel_size=(3, 3)).sum().backward()
+        if what.startswith("codebook_gradient"):  # operands copied by 16 bytes
+            weight = random_weight(72, 600, 0.4, bits).to_layout(layout)
+            weight.codebook.requires_grad_()
+            ops.linear(torch.randn(80, 600).bfloat16(), weight).sum().backward()
 if what.startswith("kmeans"):
     # The last has over 4,096 points a lane, after which sums are flushed.
     for n, clusters in ((70_000, 256), (3_000, 32), (3_000, 2), (3_300_000, 256)):

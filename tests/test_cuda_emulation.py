@@ -188,6 +188,11 @@ def test_matrices_from_shared_memory(emulation: Emulation, order: str) -> None:
     out = emulation.run("matrices", given, np.zeros((8, 4, 4), np.uint32), shared=512)
     expected = given.reshape(4, 8, 4)  # matrix, row, pair of columns
     np.testing.assert_array_equal(out, expected.transpose(1, 2, 0))
+    out = emulation.run("matrices", given, np.zeros((8, 4, 4), np.uint32), variant=3, shared=512)
+    elements = given.view(np.uint16).reshape(4, 8, 8)  # matrix, row, column
+    pairs = elements.transpose(2, 1, 0).reshape(8, 4, 2, 4)  # column, pair of rows, row, matrix
+    expected = pairs[:, :, 0] | pairs[:, :, 1].astype(np.uint32) << 16
+    np.testing.assert_array_equal(out, expected)
     for variant, status, text in (
         (1, MISALIGNED, "shared address"),
         (2, LAUNCH_FAILURE, "outside of the launch's shared memory"),

@@ -50,8 +50,10 @@ READ = {
     "direct_pairs<8, 1, half, true>": (WIDE_LOAD,),
     "finish_backward<4, half>": (WIDE_LOAD,),
     "finish_kernel": (),
-    "gradient<8, false, half>": (WIDE_LOAD, "HMMA"),
-    "gradient<8, true, half>": (WIDE_LOAD, "HMMA"),
+    "gradient<8, false, false, half>": (WIDE_LOAD, "HMMA"),
+    "gradient<8, false, true, half>": (WIDE_LOAD_OR_COPY, r"LDSM\.16\.MT88", "HMMA"),
+    "gradient<8, true, false, half>": (WIDE_LOAD, "HMMA"),
+    "gradient<8, true, true, half>": (WIDE_LOAD_OR_COPY, r"LDSM\.16\.MT88", "HMMA"),
     "matmul_dense<8, 2, half>": (WIDE_LOAD_OR_COPY, "HMMA"),
     "matmul_pairs<8, 2, half>": (WIDE_LOAD, "LDSM", "HMMA"),
     "sort_kernel": (),
@@ -119,9 +121,10 @@ BUDGETS = {
     # A unit and 32 rows of x, both gradients; pairs: with 512 non-zeros.
     "backward_dense<8, 2, 3, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD,), 1, 580),
     "backward_pairs<8, 2, 3, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD, "STS"), 1, 800),
-    # 32 rows, 64 slots and 16 gathered windows of an image; in float32, 8.
-    "gradient<8, false, bfloat16>": Loop("HMMA", 16, ("LDG", "STS"), 1, 353),
-    "gradient<8, false, float>": Loop("FFMA", 256, (), 1, 495),
+    # 32 rows, 64 slots and 16 windows of an image, gathered, then copied; in float32, 8 gathered.
+    "gradient<8, false, false, bfloat16>": Loop("HMMA", 16, ("LDG", "STS"), 1, 353),
+    "gradient<8, false, true, bfloat16>": Loop("HMMA", 16, ("LDGSTS",), 1, 100),
+    "gradient<8, false, false, float>": Loop("FFMA", 256, (), 1, 495),
     # 32 points.
     "assign_kernel": Loop("ATOMS", 16, (WIDE_LOAD, r"STG\.E$"), 16, 28),
 }

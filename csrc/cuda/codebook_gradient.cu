@@ -6,8 +6,9 @@
 // G of rows g, g + 8, g + 16, g + 24 and of slots 16 q to 16 q + 15, the elements whose codes it
 // would own there (layout.cuh). Slots 2q, 2q + 1 of product j stand for slots 16 q + 2 j, + 1.
 //
-// What limits it: with many columns, instructions that gather windows of an image (16 elements a
-// thread for 16 products a warp), or float32 multiply-adds; with few, bins.
+// What limits it: with many columns, shared memory where operands are copied, else instructions that
+// gather windows of an image (16 elements a thread for 16 products a warp), or float32
+// multiply-adds; with few, bins.
 #include "codebook_gradient_copied.cuh"
 
 #include <algorithm>

@@ -105,14 +105,17 @@ __global__ void transposition(Args args) {
 }
 
 // in: uint32 [32, 4], rows of four matrices; out: uint32 [32, 4]. Variants: 0 correct, 1 a
-// misaligned row, 2 not from shared memory
+// misaligned row, 2 not from shared memory, 3 transposed
 __global__ void matrices(Args args) {
     const uint4* in = static_cast<const uint4*>(args.in) + threadIdx.x;
     uint4* shared = shared_array<uint4>() + (threadIdx.x ^ 5);  // rows may lie anywhere
     *shared = *in;
     const char* row = reinterpret_cast<const char*>(args.variant == 2 ? in : shared);
     uint32_t word[4];
-    placekern::cuda::load_matrices(word, row + (args.variant == 1 ? 8 : 0));
+    if (args.variant == 3)
+        placekern::cuda::load_transposed(word, row);
+    else
+        placekern::cuda::load_matrices(word, row + (args.variant == 1 ? 8 : 0));
     for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(args.out)[4 * threadIdx.x + i] = word[i];
 }
 
