@@ -50,7 +50,7 @@ def linear_backward(
     if not wanted[1]:
         return grad_x, None
     x, grad_y = _multipliable(x, grad_y)
-    if x.dtype != torch.float32 and weight.M % 8 == 0:  # it is copied by 16 bytes
+    if _copied(weight, x, grad_y):
         rows = grad_y.contiguous()
         strides = _native.GradY(rows, max(N, 1), 0, weight.M, 1)
     else:
@@ -108,7 +108,7 @@ def conv2d_backward(
             "elements; use a smaller batch"
         )
     x, grad_y = _multipliable(x, grad_y)
-    if x.dtype != torch.float32 and weight.M % 8 == 0 and device.copies_windows(weight, shape, x):
+    if _copied(weight, x, grad_y) and device.copies_windows(weight, shape, x):
         image = grad_y.contiguous(memory_format=torch.channels_last)
         strides = _native.GradY(image, pixels, pixels * weight.M, weight.M, 1)
     else:
@@ -148,6 +148,16 @@ def _sums(weight: _native.Weight, x: Tensor, parts: Iterable[tuple[int, Tensor]]
     if not sums:
         return x.new_zeros(weight.codebook.shape, dtype=torch.float64)
     return torch.stack(list(sums.values())).view(weight.codebook.shape)
+
+
+def _copied(weight: _native.Weight, x: Tensor, grad_y: Tensor) -> bool:
+    """Whether grad_y is to have neighbouring rows of the weight side by side.
+
+    Then kernels copy it by 16 bytes, as x; else elements are gathered along n.
+    """
+    capability = _native.device_properties(_native.device_index(x)).capability
+    fits = weight.M % 8 == 0 and grad_y.numel() < 1 << 31
+    return fits and x.dtype != torch.float32 and capability >= 80
 
 
 def _multipliable(x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:

@@ -224,7 +224,7 @@ def test_conv2d_agrees_with_plain_torch(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", [5, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("M", "K", "N"), [(136, 600, 70), (8, 24, 300), (40, 250, 530)])
+@pytest.mark.parametrize(("M", "K", "N"), [(136, 600, 70), (40, 250, 530), (8, 24, 9000)])
 def test_operands_of_linear_copied_by_16_bytes(
     gpu: Gpu, layout: Layout, bits: int, dtype: torch.dtype, M: int, K: int, N: int
 ) -> None:
@@ -241,12 +241,13 @@ def test_operands_of_linear_copied_by_16_bytes(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", [5, 8])
 @pytest.mark.parametrize(
-    ("channels", "M", "groups", "kernel", "sizes"),
+    ("channels", "M", "groups", "offset", "kernel", "sizes"),
     [
-        (40, 136, 1, (3, 3), {"padding": (1, 1)}),
-        (16, 24, 1, (5, 3), {"padding": (2, 1), "stride": (2, 1), "dilation": (1, 2)}),
-        (48, 48, 3, (3, 3), {"padding": (1, 1)}),
-        (64, 8, 1, (1, 1), {}),
+        (40, 136, 1, 0, (3, 3), {"padding": (1, 1)}),
+        (16, 24, 1, 0, (5, 3), {"padding": (2, 1), "stride": (2, 1), "dilation": (1, 2)}),
+        (48, 48, 3, 0, (3, 3), {"padding": (1, 1)}),
+        (64, 8, 1, 0, (1, 1), {}),
+        (16, 24, 1, 1, (3, 3), {}),  # x starts between 16 bytes, and is gathered
     ],
 )
 def test_operands_of_conv2d_copied_by_16_bytes(
@@ -257,6 +258,7 @@ def test_operands_of_conv2d_copied_by_16_bytes(
     channels: int,
     M: int,
     groups: int,
+    offset: int,
     kernel: tuple[int, int],
     sizes: dict[str, tuple[int, int]],
 ) -> None:
@@ -271,12 +273,14 @@ def test_operands_of_conv2d_copied_by_16_bytes(
     weight = random_weight(M, channels // groups * kernel[0] * kernel[1], 0.5, bits)
     moved = gpu.weight(weight, layout, kernel[0] * kernel[1])
     codebook = moved.codebook.clone().requires_grad_()
-    x = torch.randn(2, channels, 11, 9).bfloat16().contiguous(memory_format=torch.channels_last)
+    memory = torch.randn(2 * 11 * 9 * channels + offset).bfloat16()
+    x = gpu.tensor(memory)[offset:].view(2, 11, 9, channels).permute(0, 3, 1, 2)
     options = {"kernel_size": kernel, "groups": groups, **sizes}
-    y = ops.conv2d(gpu.tensor(x), with_codebook(moved, codebook), **options)
+    y = ops.conv2d(x, with_codebook(moved, codebook), **options)
     grad_y = torch.randn(y.shape).bfloat16()
     y.backward(gpu.tensor(grad_y))
     assert seen == [1] * groups
+    x = x.cpu()
 
     def gradient(x: Tensor, grad_y: Tensor) -> Tensor:
         shape = (M, channels // groups, *kernel)

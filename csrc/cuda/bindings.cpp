@@ -162,7 +162,7 @@ PYBIND11_MODULE(_cuda, m) {
            int64_t rows, int64_t N, const Source& source, const GradYSource& grad_y,
            uintptr_t partial, int device, uintptr_t stream) {
             codebook_gradient(
-                {weight, plan, first, rows, N, source, grad_y, address<double>(partial), false},
+                {weight, plan, first, rows, N, source, grad_y, address<double>(partial)},
                 {device, stream});
         },
         Released());

@@ -6,9 +6,9 @@
 // G of rows g, g + 8, g + 16, g + 24 and of slots 16 q to 16 q + 15, the elements whose codes it
 // would own there (layout.cuh). Slots 2q, 2q + 1 of product j stand for slots 16 q + 2 j, + 1.
 //
-// What limits it: with many columns, shared memory where operands are copied, else instructions that
-// gather windows of an image (16 elements a thread for 16 products a warp), or float32
-// multiply-adds; with few, bins.
+// What limits it: with many columns, shared memory and the L2 cache where operands are copied, else
+// instructions that gather windows of an image (16 elements a thread for 16 products a warp), or
+// float32 multiply-adds; with few, bins.
 #include "codebook_gradient_copied.cuh"
 
 #include <algorithm>
@@ -214,19 +214,19 @@ __global__ void __launch_bounds__(kThreads, 2) gradient(CodebookGradientCall cal
 }
 
 // Calls f with the kernel, the bytes of a set of bins, and those of the tiles that lie there
-// before, whichever way they come.
+// before: where operands are copied, they may yet come in the other way.
 template <int kWidth, bool kPairs, class F>
 void with_kernel(Dtype dtype, bool copied, F f) {
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         constexpr int kSet = CodeBins<kWidth>::kBytes;
         if constexpr (sizeof(T) == 2) {
-            constexpr int kStage = std::max(kStageBytes<T>, kCopiedEnd<T>);
-            f(copied ? gradient<kWidth, kPairs, true, T> : gradient<kWidth, kPairs, false, T>, kSet,
-              kStage);
-        } else {
-            f(gradient<kWidth, kPairs, false, T>, kSet, kStageBytes<T>);
+            if (copied) {
+                constexpr int kStage = std::max(kStageBytes<T>, kCopiedEnd<T>);
+                return f(gradient<kWidth, kPairs, true, T>, kSet, kStage);
+            }
         }
+        f(gradient<kWidth, kPairs, false, T>, kSet, kStageBytes<T>);
     });
 }
 
@@ -253,11 +253,13 @@ CodebookGradientPlan codebook_gradient_plan(const DeviceWeight& weight, Dtype dt
     PK_CHECK(dtype != Dtype::kBfloat16 || major >= 8,
              "codebook_gradient: x is bfloat16 and device ", device, " has compute capability ",
              major, ".x, expected 8.0 or newer; use float16 or float32");
+    // They may be, as far as it is known here.
+    const bool copied = major >= 8 && dtype != Dtype::kFloat32 && weight.M % 8 == 0;
     // As many sets of bins as two blocks find room for, then as many rows of codes.
     const bool pairs = weight.layout == Layout::kPairs;
     CodebookGradientPlan plan = {1, 0, 0, 0, 0, pairs ? kWarpRows : 0};
     int64_t resident = 1;  // blocks that a multiprocessor holds
-    with_kernel(weight, dtype, false, [&](auto, int set, int stage) {
+    with_kernel(weight, dtype, copied, [&](auto, int set, int stage) {
         for (int sets = kWarps; sets > 0 && resident == 1; sets /= 2) {
             const int least = kWarpRows * std::max(sets / 2, 1);  // of the warps that add at a time
             for (const int code_rows : {kTile, least}) {
@@ -279,7 +281,8 @@ CodebookGradientPlan codebook_gradient_plan(const DeviceWeight& weight, Dtype dt
     }
 
     // The fewest stages, one after the other, of the busiest multiprocessor. Adding a tile to bins
-    // takes about as long as eight.
+    // takes about as many instructions as eight, or thirty-two where operands are copied.
+    const int64_t adding = copied ? 32 : 8;
     const int64_t span = dtype == Dtype::kFloat32 ? kSpan<float> : kSpan<__half>;
     const int64_t stages = (N + span - 1) / span;
     const int64_t capacity = resident * attribute(cudaDevAttrMultiProcessorCount, device);
@@ -287,7 +290,7 @@ CodebookGradientPlan codebook_gradient_plan(const DeviceWeight& weight, Dtype dt
     int64_t fewest = 0;
     for (int splits = 1; splits <= std::min<int64_t>(stages, capacity); ++splits) {
         const int64_t rounds = (tiles * splits + capacity - 1) / capacity;
-        const int64_t steps = rounds * ((stages + splits - 1) / splits + 8);
+        const int64_t steps = rounds * ((stages + splits - 1) / splits + adding);
         if (splits == 1 || steps < fewest) {
             fewest = steps;
             plan.splits = splits;
@@ -297,9 +300,7 @@ CodebookGradientPlan codebook_gradient_plan(const DeviceWeight& weight, Dtype dt
     return plan;
 }
 
-void codebook_gradient(const CodebookGradientCall& asked, const Queue& queue) {
-    CodebookGradientCall call = asked;
-    call.copied = can_copy(call);
+void codebook_gradient(const CodebookGradientCall& call, const Queue& queue) {
     const CodebookGradientPlan& plan = call.plan;
     if (plan.blocks == 0) return;
     const GradYSource& grad_y = call.grad_y;
@@ -313,7 +314,9 @@ void codebook_gradient(const CodebookGradientCall& asked, const Queue& queue) {
     PK_CHECK(!call.source.image || has_taps(shape), "codebook_gradient: a kernel of ",
              shape.kernel_h, " x ", shape.kernel_w, " with dilation ", shape.dilation_h, " x ",
              shape.dilation_w, " reaches over more than 32,767 pixels; train it on the CPU");
-    with_kernel(call.weight, call.source.dtype, call.copied, [&](auto kernel, int set, int stage) {
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, queue.device);
+    const bool copied = copies_operands(call, major);
+    with_kernel(call.weight, call.source.dtype, copied, [&](auto kernel, int set, int stage) {
         const auto shared = static_cast<size_t>(shared_bytes(plan, set, stage));
         launch(queue, kernel, {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared}, call,
                "codebook_gradient, rows = ", call.rows, ", K = ", call.weight.K, ", N = ", call.N);

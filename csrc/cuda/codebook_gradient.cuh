@@ -2,6 +2,7 @@
 // memory and from there to the registers.
 // The surprise: nobody transposes. N is the inner dimension, and operands want neighbouring n in a
 // word; a thread fetches elements of two columns of X (two rows of grad_y) and puts them together.
+// (codebook_gradient_copied.cuh has the other way, for operands that lie well.)
 #pragma once
 
 #include <cstddef>
@@ -41,7 +42,7 @@ struct __align__(16) Item {
     int windows, window, first_place;  // pairs: of a row, the tile's, and its first place there
 };
 
-// Shared memory in bytes: the item, then tiles, or in their place bins.
+// Shared memory in bytes: the item, then taps, points and tiles, or in their place bins.
 constexpr int kItem = 0;
 constexpr int kBins = kItem + static_cast<int>(sizeof(Item));
 constexpr int kTaps = kBins;

@@ -30,7 +30,6 @@ struct CodebookGradientCall {
     Source source;  // X [K, N]; products of float32 are exact to float32
     GradYSource grad_y;
     double* partial;  // [blocks, 2^bits]; the gradient is the sum over blocks
-    bool copied;      // see codebook_gradient_copied.cuh
 };
 
 // A plan for a call with these fields. Without rows, columns or entries there are no blocks: a sum

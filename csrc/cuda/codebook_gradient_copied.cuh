@@ -18,8 +18,9 @@ constexpr int kCopiedStageBytes = 2 * kCopiedBytes;
 template <class T>
 constexpr int kCopiedEnd = kTiles<T> + kCopiedStages * kCopiedStageBytes;
 
-// Whether operands can be copied by 16 bytes, wherever a tile starts.
-inline bool can_copy(const CodebookGradientCall& call) {
+// Whether operands are copied by 16 bytes, as they can be wherever a tile starts. Not on Turing,
+// where a copy would be waited for at once.
+inline bool copies_operands(const CodebookGradientCall& call, int major) {
     const Source& source = call.source;
     const GradYSource& grad_y = call.grad_y;
     const auto on_vector = [](const void* address) {
@@ -27,7 +28,7 @@ inline bool can_copy(const CodebookGradientCall& call) {
     };
     const bool x = source.image ? has_vectors(call.weight, source)
                                 : source.stride % 8 == 0 && on_vector(source.x);
-    return source.dtype != Dtype::kFloat32 && x && grad_y.row_stride == 1 &&
+    return major >= 8 && source.dtype != Dtype::kFloat32 && x && grad_y.row_stride == 1 &&
            grad_y.pixel_stride % 8 == 0 && grad_y.image_stride % 8 == 0 && call.weight.M % 8 == 0 &&
            on_vector(grad_y.grad_y);
 }
@@ -39,6 +40,8 @@ class Copies {
     // The taps of the item must be there.
     __device__ __forceinline__ Copies(const CodebookGradientCall& call, const Item& item)
         : first_n_(item.n0 + line()), m_(item.row0 + vector()), k_(item.column0 + vector()) {
+        const int first = static_cast<int>(call.first);
+        has_rows_ = m_ + 8 > first && m_ < first + static_cast<int>(call.rows);
         if (call.source.image)
             tap_ = at<Tap>(placekern_shared, kTaps + vector() * static_cast<int>(sizeof(Tap)));
     }
@@ -55,8 +58,8 @@ class Copies {
                                   stage % kCopiedStages * kCopiedStageBytes + line() * kLineBytes +
                                   vector() * static_cast<int>(sizeof(T));
         const auto* const grad_y = static_cast<const T*>(call.grad_y.grad_y);
-        const bool row = point.grad_y >= 0 && m_ < call.weight.M;
-        copy_async(to, grad_y + (row ? point.grad_y + m_ : 0), row);
+        const bool row = point.grad_y >= 0 && has_rows_;
+        copy_async(to, row ? grad_y + point.grad_y + m_ : grad_y, row);
         const auto* const x = static_cast<const T*>(source.x);
         const int n = first_n_ + static_cast<int>(stage) * kSpan<T>;
         const T* from = x + point.base + tap_.offset;
@@ -81,6 +84,7 @@ class Copies {
     __device__ __forceinline__ static int line() { return threadIdx.x / kVectors; }
 
     int first_n_, m_, k_;
+    bool has_rows_;
     Tap tap_ = {};
 };
 
@@ -125,7 +129,7 @@ __device__ __forceinline__ void change_hands(Sums& sums, int lane) {
             float given = own[0];
 #pragma unroll
             for (int c = 1; c < 4; ++c) given = c == partner ? own[c] : given;
-            const float taken = __shfl_xor_sync(kFullWarp, given, step);
+            const float taken = step == 0 ? given : __shfl_xor_sync(kFullWarp, given, step);
 #pragma unroll
             for (int c = 0; c < 4; ++c) got[c] = c == partner ? taken : got[c];
         }
