@@ -27,6 +27,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "backward": backward.linear_backward,
     "kmeans": kmeans.kmeans_assign,
     "conv2d": forward.conv2d,
+    "conv2d_backward": backward.conv2d_backward,
     "calls": forward.calls,
     "sweep": sweep.sweep,
 }

@@ -1,4 +1,4 @@
-"""linear's gradients against what plain torch does: a dense weight gradient, added up by code."""
+"""Gradients against what plain torch does: a dense weight gradient, added up by code."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, randn
 from benchmarks.gpu.layers import Layer, make_layer
-from benchmarks.shapes import LinearShape
+from benchmarks.shapes import ConvShape, LinearShape
 from placekern.ops import common
 
-DENSITY, BITS, BATCH = 0.3, 8, 32
+DENSITY, BITS, BATCH, CONV_BATCH = 0.3, 8, 32, 8
 TARGET = 4.0
 
 
@@ -83,4 +83,74 @@ def _linear_backward(bench: Bench, shape: LinearShape) -> None:
         bytes=layer.weight.nbytes + 2 * BATCH * (2 * shape.K + shape.M),
         target=TARGET,
         rounds=7,  # plain torch takes some ten milliseconds
+    )
+
+
+def conv2d_backward(bench: Bench) -> None:
+    """Both gradients of deep convolutions, in bfloat16 and channels_last, as training has them."""
+    for shape in bench.sizes.trained:
+        what = f"conv2d_backward {shape.name}"
+        if bench.in_time(what):
+            with bench.case(what):
+                _conv2d_backward(bench, shape)
+
+
+def _conv2d_backward(bench: Bench, shape: ConvShape) -> None:
+    taps = shape.kernel**2
+    layer = make_layer(shape.M, shape.channels * taps, DENSITY, BITS, bench.device).by_tap(taps)
+    last = torch.channels_last
+    image = (CONV_BATCH, shape.channels, shape.size, shape.size)
+    x = randn(bench, *image, dtype=torch.bfloat16).contiguous(memory_format=last)
+    result = (CONV_BATCH, shape.M, shape.size, shape.size)
+    grad_y = randn(bench, *result, dtype=torch.bfloat16, seed=2).contiguous(memory_format=last)
+    indices = layer.indices().flatten()
+    filters = layer.dense(torch.float32).view(shape.M, shape.channels, shape.kernel, shape.kernel)
+    sums = torch.zeros((1 << BITS) + 1, device=bench.device)
+    pairs = [(size, size) for size in (shape.kernel, shape.stride, shape.padding, 1)]
+    kernel, stride, padding, dilation = pairs
+
+    def dense(x: Tensor, grad_y: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
+        steps = (None, stride, padding, dilation, False, (0, 0), 1)
+        wanted = (True, True, False)
+        return torch.ops.aten.convolution_backward(grad_y, x, filters, *steps, wanted)[:2]
+
+    halves = filters.bfloat16().contiguous(memory_format=last)
+
+    def scatter_add() -> tuple[Tensor, Tensor]:
+        grad_x, grad_w = dense(x, grad_y, halves)
+        grad_w = grad_w.contiguous().flatten().float()
+        return grad_x, sums.zero_().scatter_add_(0, indices, grad_w)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        sizes = (kernel, stride, padding * 2, dilation, 1)
+        return torch.ops.placekern.conv2d_backward(
+            grad_y, x, *common.arrays(layer.weight), *sizes, [True, True]
+        )
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        wanted_x, grad_w = dense(x.float(), grad_y.float(), filters)
+    wanted = torch.zeros((1 << BITS) + 1, dtype=torch.float64, device=bench.device)
+    wanted.scatter_add_(0, indices, grad_w.contiguous().flatten().double())
+    grad_x, grad_codebook = ours()
+    errors = [
+        bench.check("grad_x", grad_x, wanted_x, 1.2e-2),
+        bench.check("grad_codebook", grad_codebook, wanted[:-1], 1e-3),
+    ]
+    bench.compare(
+        "conv2d_backward",
+        {
+            "layer": shape.name,
+            "batch": CONV_BATCH,
+            "bits": BITS,
+            "density": DENSITY,
+            "layout": layer.weight.layout.name.lower(),
+        },
+        {"ours, bfloat16": ours},
+        {
+            "dense bfloat16, gradient of the weight": lambda: dense(x, grad_y, halves),
+            "dense bfloat16 + scatter_add": scatter_add,
+        },
+        error=max(errors),
+        bytes=layer.weight.nbytes + 2 * (2 * x.numel() + grad_y.numel()),
+        rounds=7,
     )

@@ -35,6 +35,7 @@ class Sizes:
     linear: tuple[LinearShape, ...]
     networks: dict[str, tuple[ConvShape, ...]]
     conv_batches: tuple[int, ...]
+    trained: tuple[ConvShape, ...]  # whose gradients are timed
     points: int
     copied_bytes: int
     product: int  # rows and columns of the matrix product that measures tensor cores
@@ -46,6 +47,7 @@ FULL = Sizes(
     linear=WHITENING,
     networks={"AlexNet": ALEXNET, "VGG16": VGG16},
     conv_batches=(1, 8, 32),
+    trained=tuple(shape for shape in VGG16 if shape.name in ("conv3_2", "conv5_2")),
     points=1 << 26,
     copied_bytes=2 << 30,
     product=8192,
@@ -59,6 +61,7 @@ TINY = Sizes(
         "Small": (ConvShape("conv1", 3, 16, 3, 9, padding=1), ConvShape("conv2", 16, 32, 3, 5))
     },
     conv_batches=(1, 2),
+    trained=(ConvShape("conv2", 16, 32, 3, 5, padding=1),),
     points=5000,
     copied_bytes=1 << 16,
     product=64,
