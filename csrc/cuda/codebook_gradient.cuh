@@ -51,9 +51,7 @@ constexpr int kPoints = kTaps + kTile * static_cast<int>(sizeof(Tap));
 template <class T>
 constexpr int kTiles = kPoints<T> + 2 * kBatch * kSpan<T> * static_cast<int>(sizeof(Point));
 template <class T>
-constexpr int kXTiles = kTiles<T>;
-template <class T>
-constexpr int kGradYTiles = kXTiles<T> + 2 * kTileBytes;
+constexpr int kGradYTiles = kTiles<T> + 2 * kTileBytes;
 template <class T>
 constexpr int kStageBytes = kGradYTiles<T> + 2 * kTileBytes;
 
@@ -115,7 +113,7 @@ class Fetch {
         const int line = threadIdx.x % kLines;
         unsigned char* const grad_y =
             placekern_shared + (kGradYTiles<T> + tile * kTileBytes + 4 * row_place(row(), line));
-        unsigned char* const x = placekern_shared + (kXTiles<T> + tile * kTileBytes);
+        unsigned char* const x = placekern_shared + (kTiles<T> + tile * kTileBytes);
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) at<uint32_t>(grad_y, i * 8 * kStep * 4) = word(grad_y_[i]);
         if (call.source.image) {
@@ -245,7 +243,7 @@ template <class T>
 __device__ __forceinline__ void multiply(Sums& sums, int tile, int lane, int warp) {
     const int g = lane / 4, q = lane % 4;
     const int rows = kGradYTiles<T> + tile * kTileBytes + warp % kRowWarps * (2 * 512);
-    const int slots = kXTiles<T> + tile * kTileBytes + warp / kRowWarps * (4 * 512);
+    const int slots = kTiles<T> + tile * kTileBytes + warp / kRowWarps * (4 * 512);
     if constexpr (sizeof(T) == 2) {
         uint32_t left[2][4];
 #pragma unroll

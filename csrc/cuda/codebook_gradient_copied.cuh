@@ -66,10 +66,8 @@ class Copies {
         bool known = k_ < static_cast<int>(call.weight.K);
         if (source.image) {
             known = known &&
-                    static_cast<unsigned>(point.y + tap_.dy) <
-                        static_cast<unsigned>(source.shape.height) &&
-                    static_cast<unsigned>(point.x + tap_.dx) <
-                        static_cast<unsigned>(source.shape.width);
+                    tap_.lies_inside(point.y, point.x, static_cast<unsigned>(source.shape.height),
+                                     static_cast<unsigned>(source.shape.width));
         } else {
             known = known && n < n_end;
             from = x + n * source.stride + k_;
@@ -118,37 +116,29 @@ __device__ __forceinline__ void multiply_copied(Sums& sums, unsigned stage, int 
 __device__ __forceinline__ void change_hands(Sums& sums, int lane) {
     const int q = lane % 4;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {  // row block, half of a lane's slots, element of a product
-        const int b = i / 8, half = i / 4 % 2, r = i % 4;
-        float own[4], got[4] = {};
+    for (int i = 0; i < 8; ++i) {  // row block, element of a product
+        const int b = i / 4, r = i % 4;
+        float own[8], got[8] = {};
 #pragma unroll
-        for (int c = 0; c < 4; ++c) own[c] = sums[b][2 * c + half][r];
+        for (int j = 0; j < 8; ++j) own[j] = sums[b][j][r];
 #pragma unroll
-        for (int step = 0; step < 4; ++step) {
-            const int partner = q ^ step;
-            float given = own[0];
+        for (int half = 0; half < 2; ++half) {  // of a lane's slots
 #pragma unroll
-            for (int c = 1; c < 4; ++c) given = c == partner ? own[c] : given;
-            const float taken = step == 0 ? given : __shfl_xor_sync(kFullWarp, given, step);
+            for (int step = 0; step < 4; ++step) {
+                // Products 2 q and 2 q + 1 are lane q's; what comes from lane p is product p of the
+                // half.
+                const int partner = q ^ step;
+                float given = own[half];
 #pragma unroll
-            for (int c = 0; c < 4; ++c) got[c] = c == partner ? taken : got[c];
+                for (int c = 1; c < 4; ++c) given = c == partner ? own[2 * c + half] : given;
+                const float taken = step == 0 ? given : __shfl_xor_sync(kFullWarp, given, step);
+#pragma unroll
+                for (int c = 0; c < 4; ++c)
+                    got[4 * half + c] = c == partner ? taken : got[4 * half + c];
+            }
         }
 #pragma unroll
-        for (int c = 0; c < 4; ++c) own[c] = got[c];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sums[b][2 * c + half][r] = own[c];
-    }
-    // Product 2 c + half holds what belongs to product 4 half + c.
-    float ordered[8];
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) ordered[j] = sums[b][j % 4 * 2 + j / 4][r];
-#pragma unroll
-            for (int j = 0; j < 8; ++j) sums[b][j][r] = ordered[j];
-        }
+        for (int j = 0; j < 8; ++j) sums[b][j][r] = got[j];
     }
 }
 

@@ -54,6 +54,13 @@ struct Sixteen {
 struct alignas(8) Tap {
     int offset;
     short dy, dx;
+
+    // Whether it lies in an image of this size, for a pixel whose first tap is at (y, x); no
+    // branch.
+    __device__ __forceinline__ bool lies_inside(int y, int x, unsigned height,
+                                                unsigned width) const {
+        return (static_cast<unsigned>(y + dy) < height) & (static_cast<unsigned>(x + dx) < width);
+    }
 };
 
 // Whether Tap has room for the taps of a convolution.
@@ -123,8 +130,7 @@ struct alignas(16) Pixel {
 
     // Whether a tap of it lies in an image of this size; no branch.
     __device__ __forceinline__ bool has(const Tap& tap, unsigned height, unsigned width) const {
-        return inside & (static_cast<unsigned>(y + tap.dy) < height) &
-               (static_cast<unsigned>(x + tap.dx) < width);
+        return inside & tap.lies_inside(y, x, height, width);
     }
 };
 

@@ -100,40 +100,38 @@ inline uint32_t transpose(uint32_t pair, emulated::Site site = emulated::here())
     return element(row) | element(row + 1) << 16;
 }
 
-inline void load_matrices(uint32_t (&word)[4], const void* row,
-                          emulated::Site site = emulated::here()) {
-    emulated::check_shared("load_matrices", row, nullptr, 16, site);
+// Word i is what `pick` makes of the rows of matrix i: eight words of 64 bits, of which rows have
+// two, the first or the second as `half` says.
+template <class F>
+void load_rows(const char* name, uint32_t (&word)[4], const void* row, int half,
+               emulated::Site site, F pick) {
+    emulated::check_shared(name, row, nullptr, 16, site);
     uint64_t halves[2];
     const uint4 own = *static_cast<const uint4*>(row);
     std::memcpy(halves, &own, sizeof(halves));
-    const int g = emulated::lane() / 4, q = emulated::lane() % 4;
-    for (int half = 0; half < 2; ++half) {
-        const uint64_t* rows =
-            emulated::gather("load_matrices", emulated::kFullMask, halves[half], site);
-        if (q / 2 != half) continue;
-        for (int i = 0; i < 4; ++i)
-            word[i] = static_cast<uint32_t>(rows[8 * i + g] >> (32 * (q % 2)));
+    for (int i = 0; i < 2; ++i) {
+        const uint64_t* rows = emulated::gather(name, emulated::kFullMask, halves[i], site);
+        if (i != half) continue;
+        for (int matrix = 0; matrix < 4; ++matrix) word[matrix] = pick(rows + 8 * matrix);
     }
+}
+
+inline void load_matrices(uint32_t (&word)[4], const void* row,
+                          emulated::Site site = emulated::here()) {
+    const int g = emulated::lane() / 4, q = emulated::lane() % 4;
+    load_rows("load_matrices", word, row, q / 2, site,
+              [&](const uint64_t* rows) { return static_cast<uint32_t>(rows[g] >> 32 * (q % 2)); });
 }
 
 inline void load_transposed(uint32_t (&word)[4], const void* row,
                             emulated::Site site = emulated::here()) {
-    emulated::check_shared("load_transposed", row, nullptr, 16, site);
-    uint64_t halves[2];
-    const uint4 own = *static_cast<const uint4*>(row);
-    std::memcpy(halves, &own, sizeof(halves));
     const int g = emulated::lane() / 4, q = emulated::lane() % 4;
-    for (int half = 0; half < 2; ++half) {
-        const uint64_t* rows =
-            emulated::gather("load_transposed", emulated::kFullMask, halves[half], site);
-        if (g / 4 != half) continue;
-        for (int i = 0; i < 4; ++i) {
-            const auto element = [&](int row) {
-                return static_cast<uint32_t>(rows[8 * i + row] >> (16 * (g % 4))) & 0xffffu;
-            };
-            word[i] = element(2 * q) | element(2 * q + 1) << 16;
-        }
-    }
+    load_rows("load_transposed", word, row, g / 4, site, [&](const uint64_t* rows) {
+        const auto element = [&](int r) {
+            return static_cast<uint32_t>(rows[r] >> 16 * (g % 4)) & 0xffffu;
+        };
+        return element(2 * q) | element(2 * q + 1) << 16;
+    });
 }
 
 inline bool copies_wait() { return emulated::capability() >= 80; }
