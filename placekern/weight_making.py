@@ -5,6 +5,7 @@ Everything given is proven here; what is made is packed for the device that the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,18 +23,8 @@ if TYPE_CHECKING:
 class WeightMaking:
     """The constructors of QuantSparseWeight."""
 
-    @classmethod
-    def _pack(
-        cls,
-        row_ptr: NDArray[np.int64],
-        col_ind: NDArray,
-        codes: NDArray[np.uint8],
-        codebook: Tensor,
-        shape: tuple[int, int],
-        bits: int,
-    ) -> Self:
-        """A weight of proven CSR arrays."""
-        raise NotImplementedError
+    _pack: Callable[..., Self]
+    """QuantSparseWeight's own, from proven CSR arrays."""
 
     @classmethod
     def from_csr(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,11 +26,17 @@ def gradients(layer: Layer, x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear_backward(bench: Bench) -> None:
     """Both gradients of the whitening layers."""
-    for shape in bench.sizes.linear:
-        what = f"linear_backward {shape.name}"
+    _in_turn(bench, "linear_backward", bench.sizes.linear, _linear_backward)
+
+
+def _in_turn(
+    bench: Bench, name: str, shapes: Iterable[Any], run: Callable[[Bench, Any], None]
+) -> None:
+    for shape in shapes:
+        what = f"{name} {shape.name}"
         if bench.in_time(what):
             with bench.case(what):
-                _linear_backward(bench, shape)
+                run(bench, shape)
 
 
 def _linear_backward(bench: Bench, shape: LinearShape) -> None:
@@ -88,11 +97,7 @@ def _linear_backward(bench: Bench, shape: LinearShape) -> None:
 
 def conv2d_backward(bench: Bench) -> None:
     """Both gradients of deep convolutions, in bfloat16 and channels_last, as training has them."""
-    for shape in bench.sizes.trained:
-        what = f"conv2d_backward {shape.name}"
-        if bench.in_time(what):
-            with bench.case(what):
-                _conv2d_backward(bench, shape)
+    _in_turn(bench, "conv2d_backward", bench.sizes.trained, _conv2d_backward)
 
 
 def _conv2d_backward(bench: Bench, shape: ConvShape) -> None:
