@@ -35,7 +35,7 @@ sanitize-cuda: $(VENV)/installed
 # and damaged files, as what is loaded from them is run.
 SANITIZED := build/sanitized
 SANITIZED_TESTS := $(addprefix tests/test_,$(addsuffix .py,conv2d linear codebook_groups_ops kmeans_assign \
-  kmeans_optimal io_damage io_random_damage))
+  kmeans_optimal device_packing io_damage io_random_damage))
 sanitize-cpu: $(VENV)/installed
 	rm -rf $(SANITIZED)/placekern $(SANITIZED)/tests && mkdir -p $(SANITIZED)
 	cp -r csrc placekern tests setup.py CMakeLists.txt pyproject.toml README.md $(SANITIZED)

@@ -15,8 +15,10 @@ enum class Layout : int {
     kPairs = 3,   // on a GPU: (place, code) pairs in windows of 248 columns
 };
 
-constexpr int kWindow = 128;    // columns decoded at a time; a place in a window fits a byte
-constexpr int kMaxCodes = 256;  // entries of the largest codebook, 2^8
+constexpr int kWindow = 128;       // columns decoded at a time; a place in a window fits a byte
+constexpr int kPairsWindow = 248;  // columns of a window of pairs; places behind them: no entry
+constexpr int kChunk = 8;          // pairs of one row and window, in 16 bytes
+constexpr int kMaxCodes = 256;     // entries of the largest codebook, 2^8
 constexpr int kReadPadding =
     64;  // bytes behind `positions` and `codes` that vector loads may touch
 
@@ -123,6 +125,18 @@ struct KmeansAssignArgs {
     uint8_t* codes;           // [n]
     double* sums;             // [count]
     int64_t* counts;          // [count]
+    int threads;
+};
+
+// The entries of a weight [M, K], to be written as pairs; placekern/device_packing.py has the
+// bytes.
+struct PackPairsArgs {
+    int64_t M, K;
+    const int64_t* row_ptr;    // [M + 1]
+    const int32_t* col_ind;    // [nnz], rising in each row
+    const uint8_t* codes;      // [nnz]
+    const int32_t* chunk_ptr;  // [M + 1]: the first chunk of each row
+    uint8_t* chunks;           // [chunk_ptr[M], 16]
     int threads;
 };
 

@@ -10,8 +10,9 @@ escapes, listed by unit. A warp reads a unit at once; lane 4 g + q owns columns 
 rows g and g + 8, which is also its part of a tensor-core fragment.
 
 PAIRS keeps 16 bytes for eight entries of one row and one window of 248 columns: eight places, then
-eight codes. A run that is no multiple of eight has place 248 in its last chunk, where x is taken to
-be zero. The order within a chunk means nothing, and is chosen for the banks of shared memory.
+eight codes. A run that is no multiple of eight is filled up with place 248, where x is taken to be
+zero. The order within a run means nothing, and is chosen for the banks of shared memory, in
+csrc/cpu/pack_pairs.cpp.
 
 In either the columns of a filter may lie tap by tap, the channels of a tap side by side: as in a
 filter in channels_last, and as an image in channels_last is read.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _native
 from .packing import Layout, choose_layout, padded, row_chunks
 
 UNIT_ROWS = 16
@@ -30,8 +32,6 @@ CHUNK = 8
 """Pairs that lie together, of one row and window."""
 PAIRS_WINDOW = 248
 """Columns of a window; places 248 to 255 of a byte mean "no entry"."""
-LANES = 32
-"""Lanes of a warp, and banks of shared memory."""
 MAX_PAIRS_K = 256 * PAIRS_WINDOW
 """Columns that PAIRS can number: the window of a chunk is a byte."""
 
@@ -257,79 +257,17 @@ def _pack_pairs(
     M: int,
     K: int,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    per_row = windows(K)
-    counts, ids, chunks = [], [], []
-    chunk_ptr = np.zeros(M + 1, np.int64)
-    for rows in row_chunks(M, K):
-        first, last = row_ptr[rows.start], row_ptr[rows.stop]
-        count = rows.stop - rows.start
-        row = np.repeat(np.arange(count), np.diff(row_ptr[rows.start : rows.stop + 1]))
-        columns = col_ind[first:last].astype(np.int64)
-        run = row * per_row + columns // PAIRS_WINDOW
-        entries = np.bincount(run, minlength=count * per_row)
-        of_run = -(-entries // CHUNK)
-        begin = np.cumsum(of_run) - of_run  # of a run, in chunks
-        rank = np.arange(len(run)) - (np.cumsum(entries) - entries)[run]
-        slot = begin[run] * CHUNK + rank
-        total = int(of_run.sum())
-        table = np.zeros((total, 2, CHUNK), np.uint8)
-        table[:, 0] = PAIRS_WINDOW
-        table[slot // CHUNK, 0, slot % CHUNK] = columns % PAIRS_WINDOW
-        table[slot // CHUNK, 1, slot % CHUNK] = codes[first:last]
-        of_row = of_run.reshape(count, per_row).sum(1)
-        order = _spread_over_banks(table[:, 0], of_row)
-        table = np.take_along_axis(table, order[:, None], 2)
-        counts.append(of_run.astype(np.uint8))
-        ids.append(np.repeat(np.arange(count * per_row) % max(per_row, 1), of_run).astype(np.uint8))
-        chunks.append(table.ravel())
-        chunk_ptr[rows.start + 1 : rows.stop + 1] = of_row
-    np.cumsum(chunk_ptr, out=chunk_ptr)
-    return padded([chunk_ptr.astype("<i4").view(np.uint8), *counts, *ids]), padded(chunks)
-
-
-def _spread_over_banks(places: NDArray[np.uint8], of_row: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Which pair of a chunk is to be its first, second and so on: [chunks, 8].
-
-    A warp of the direct kernel has 32 neighbouring chunks of a row, a lane one, and looks up x for
-    the first pairs of all at once, then for the second. Numbers of 16 bits in the same bank of
-    shared memory wait for each other, as a window is a multiple of 32 banks: those with the same
-    place // 2 % 32. Chunk after chunk, each pair takes the free position where that bank is
-    furthest from being the one that is waited for.
-
-    Args:
-        places: [chunks, 8], row after row.
-        of_row: chunks of each row.
-    """
-    groups = -(-of_row // LANES)  # of the 32 lanes of a warp
-    total = int(groups.sum())
-    within = np.arange(total) - np.repeat(np.cumsum(groups) - groups, groups)
-    chunk = (np.repeat(np.cumsum(of_row) - of_row, groups) + within * LANES)[:, None]
-    chunk = chunk + np.arange(LANES)
-    chunk[chunk >= np.repeat(np.cumsum(of_row), groups)[:, None]] = len(places)  # there is none
-    banks = np.concatenate([places // 2 % LANES, np.zeros((1, CHUNK), np.uint8)])
-
-    # A byte a position, eight in a word: how often each bank is used, and 64 less the most that a
-    # bank is.
-    one = np.uint64(1) << np.arange(0, 8 * CHUNK, 8, dtype=np.uint64)
-    used = np.zeros(total * LANES, "<u8")
-    slack = np.full(total, 64 * int(one.sum()), "<u8")
-    group = np.arange(total)
-    order = np.empty((len(places) + 1) * CHUNK, np.uint8)
-    for lane in range(LANES):
-        own = chunk[:, lane]
-        at = (banks[own] + group[:, None] * LANES).T.copy()
-        own = own * CHUNK
-        taken = np.zeros(total, "<u8")
-        for pair in range(CHUNK):
-            before = used.take(at[pair])
-            distance = (before + slack | taken).view(np.uint8)
-            position = distance.reshape(total, CHUNK).argmin(1)
-            bit = one.take(position)
-            slack -= bit * (distance.take(group * CHUNK + position) == 64)
-            used[at[pair]] = before + bit
-            taken |= bit << np.uint64(7)
-            order[own + position] = pair
-    return order.reshape(-1, CHUNK)[:-1]
+    row_ptr = np.ascontiguousarray(row_ptr, np.int64)
+    col_ind = np.ascontiguousarray(col_ind, np.int32)
+    codes = np.ascontiguousarray(codes, np.uint8)
+    counts = np.empty((M, windows(K)), np.uint8)
+    _native.count_chunks(K, row_ptr, col_ind, counts)
+    chunk_ptr = np.zeros(M + 1, "<i4")
+    np.cumsum(counts.sum(1), out=chunk_ptr[1:])
+    chunks = np.empty((chunk_ptr[M], 2 * CHUNK), np.uint8)
+    _native.pack_pairs(K, row_ptr, col_ind, codes, chunk_ptr, chunks)
+    ids = np.repeat(np.tile(np.arange(windows(K), dtype=np.uint8), M), counts.ravel())
+    return padded([chunk_ptr.view(np.uint8), counts.ravel(), ids]), padded([chunks.ravel()])
 
 
 def _unpack_pairs(
@@ -342,10 +280,19 @@ def _unpack_pairs(
     chunk_ptr = positions[: 4 * (M + 1)].view("<i4")
     total = int(chunk_ptr[M])
     begin = 4 * (M + 1) + M * windows(K)
-    ids = positions[begin : begin + total].astype(np.int64)
+    ids = positions[begin : begin + total].astype(np.int32)
     table = codes[: total * 2 * CHUNK].reshape(total, 2, CHUNK)
-    pairs = np.sort(table[:, 0].astype(np.uint16) << 8 | table[:, 1], axis=1)
-    places = pairs >> 8
-    real = places < PAIRS_WINDOW
-    columns = (ids[:, None] * PAIRS_WINDOW + places)[real]
-    return columns.astype(np.uint16 if K <= 1 << 16 else np.int32), pairs[real].astype(np.uint8)
+    columns, found = np.empty(row_ptr[M], np.int32), np.empty(row_ptr[M], np.uint8)
+    for rows in row_chunks(M, K):
+        count = rows.stop - rows.start
+        own = slice(chunk_ptr[rows.start], chunk_ptr[rows.stop])
+        row = np.repeat(np.arange(count), np.diff(chunk_ptr[rows.start : rows.stop + 1]))
+        places = table[own, 0]
+        real = places < PAIRS_WINDOW
+        at = (row[:, None] * K + ids[own, None] * PAIRS_WINDOW + places)[real]
+        code = np.full(count * K, -1, np.int16)
+        code[at] = table[own, 1][real]
+        at = np.flatnonzero(code >= 0)  # in ascending order, which a run is not
+        entries = slice(row_ptr[rows.start], row_ptr[rows.stop])
+        columns[entries], found[entries] = at % K, code[at]
+    return columns.astype(np.uint16 if K <= 1 << 16 else np.int32), found

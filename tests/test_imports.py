@@ -20,11 +20,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory_format": set(),
     "codebook": set(),
     "proofs": {"packing", "codebook"},
-    "device_packing": {"packing"},
+    "_native": {"_cpu", "_cuda", "codebook"},
+    "device_packing": {"packing", "_native"},
     "weight_making": {"packing", "codebook", "proofs"},
     "weight": {"packing", "codebook", "device_packing", "proofs", "weight_making"},
     "reference": set(),
-    "_native": {"_cpu", "_cuda", "codebook"},
     "device": {"_native", "packing", "device_packing"},
     "device_backward": {"_native", "device"},
 }

@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "kmeans_optimal.h"
+#include "pack_pairs.h"
 
 namespace py = pybind11;
 using namespace placekern;
@@ -102,6 +103,7 @@ void bind_ops(py::module_& m) {
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "placekern's ops on the CPU; called through placekern._native only.";
     m.attr("WINDOW") = kWindow;
+    m.attr("PAIRS_WINDOW") = kPairsWindow;
     m.attr("READ_PADDING") = kReadPadding;
     m.def("available_isas", &available_isas, "Levels that this processor runs, lowest first.");
     m.def("get_isa", &get_isa, "The level in use.");
@@ -146,4 +148,31 @@ PYBIND11_MODULE(_cpu, m) {
         },
         py::kw_only(), py::arg("n"), py::arg("clusters"), py::arg("points"), py::arg("weights"),
         py::arg("starts"));
+    m.def(
+        "count_chunks",
+        [](int64_t M, int64_t K, uintptr_t row_ptr, uintptr_t col_ind, uintptr_t run_chunks,
+           int threads) {
+            py::gil_scoped_release release;
+            count_chunks(M, K, at<const int64_t>(row_ptr), at<const int32_t>(col_ind),
+                         at<uint8_t>(run_chunks), threads);
+        },
+        py::arg("M"), py::arg("K"), py::kw_only(), py::arg("row_ptr"), py::arg("col_ind"),
+        py::arg("run_chunks"), py::arg("threads"));
+    m.def(
+        "pack_pairs",
+        [](int64_t M, int64_t K, uintptr_t row_ptr, uintptr_t col_ind, uintptr_t codes,
+           uintptr_t chunk_ptr, uintptr_t chunks, int threads) {
+            const PackPairsArgs args{M,
+                                     K,
+                                     at<const int64_t>(row_ptr),
+                                     at<const int32_t>(col_ind),
+                                     at<const uint8_t>(codes),
+                                     at<const int32_t>(chunk_ptr),
+                                     at<uint8_t>(chunks),
+                                     threads};
+            py::gil_scoped_release release;
+            pack_pairs(args);
+        },
+        py::arg("M"), py::arg("K"), py::kw_only(), py::arg("row_ptr"), py::arg("col_ind"),
+        py::arg("codes"), py::arg("chunk_ptr"), py::arg("chunks"), py::arg("threads"));
 }

@@ -37,7 +37,6 @@ struct VectorOut {
 
 constexpr int kUnitRows = 16;     // a unit of the dense layout: what a warp decodes at once,
 constexpr int kUnitColumns = 64;  // and four (TF32: eight) steps of a tensor core
-constexpr int kPairsWindow = 248;
 
 // A weight [M, K] in device memory. Each group of `group_size` rows, the last perhaps of fewer, has
 // a codebook, and a non-zero's value is codebook[row / group_size][code].

@@ -12,7 +12,6 @@
 namespace placekern::cuda {
 
 constexpr int kUnitCodes = 32;     // of a lane: 16 columns of row g, then of row g + 8
-constexpr int kChunk = 8;          // pairs of one row and window, in 16 bytes
 constexpr int kWindowSlots = 256;  // places 248 to 255 mean "no entry"; x has zeros there
 
 // Dense: the code that means "pruned".

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .arrays import ConvShape, Weight, pointer
@@ -180,4 +182,39 @@ def kmeans_optimal(points: Tensor, weights: Tensor, starts: Tensor) -> None:
         points=points.data_ptr(),
         weights=weights.data_ptr(),
         starts=starts.data_ptr(),
+    )
+
+
+def count_chunks(
+    K: int, row_ptr: NDArray[np.int64], col_ind: NDArray[np.int32], run_chunks: NDArray[np.uint8]
+) -> None:
+    """Fills run_chunks [M, windows] of the pairs layout; columns rise in each row."""
+    _cpu.count_chunks(
+        len(run_chunks),
+        K,
+        row_ptr=row_ptr.ctypes.data,
+        col_ind=col_ind.ctypes.data,
+        run_chunks=run_chunks.ctypes.data,
+        threads=torch.get_num_threads(),
+    )
+
+
+def pack_pairs(
+    K: int,
+    row_ptr: NDArray[np.int64],
+    col_ind: NDArray[np.int32],
+    codes: NDArray[np.uint8],
+    chunk_ptr: NDArray[np.int32],
+    chunks: NDArray[np.uint8],
+) -> None:
+    """Fills chunks [chunk_ptr[M], 16] of the pairs layout; columns rise in each row."""
+    _cpu.pack_pairs(
+        len(chunk_ptr) - 1,
+        K,
+        row_ptr=row_ptr.ctypes.data,
+        col_ind=col_ind.ctypes.data,
+        codes=codes.ctypes.data,
+        chunk_ptr=chunk_ptr.ctypes.data,
+        chunks=chunks.ctypes.data,
+        threads=torch.get_num_threads(),
     )
