@@ -27,7 +27,7 @@ _EXACT_COLUMNS = 8  # float32 without TF32: beyond this the dense library is qui
 _MATMUL_COLUMNS = 64
 # Multiply-adds of a convolution that tensor cores take on windows of the image: copied by 16 bytes,
 # or gathered by elements. Decoded slices cost a launch, and then cuDNN is the quicker.
-_COPIED_PRODUCTS = 1_000_000_000
+_COPIED_PRODUCTS = {Layout.DENSE: 2_000_000_000, Layout.PAIRS: 1_000_000_000}
 _GATHERED_PRODUCTS = 200_000_000
 
 _BLOCK_ROWS = 64  # of `device_matmul`: 64 or 128
@@ -133,7 +133,9 @@ def _products(weight: _native.Weight, shape: _native.ConvShape) -> int:
 
 def _most_products(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> int:
     """Up to how many `device_matmul` is the way to take."""
-    return _COPIED_PRODUCTS if copies_windows(weight, shape, x) else _GATHERED_PRODUCTS
+    if copies_windows(weight, shape, x):
+        return _COPIED_PRODUCTS[Layout(weight.layout)]
+    return _GATHERED_PRODUCTS
 
 
 def copies_windows(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> bool:

@@ -123,11 +123,17 @@ def test_groups_on_tensor_cores(
 
 
 def test_the_work_of_a_convolution_chooses_the_way() -> None:
-    def small(shape: tuple[int, ...], M: int, kernel: int, form: torch.memory_format) -> bool:
+    def small(
+        shape: tuple[int, ...],
+        M: int,
+        kernel: int,
+        form: torch.memory_format,
+        layout: Layout = Layout.PAIRS,
+    ) -> bool:
         batch, channels, height, width = shape
         taps = kernel**2 if form == torch.channels_last else 1
         weight = common.weight(*common.arrays(random_weight(M, channels * kernel**2, 0.3, 8)))
-        weight = weight._replace(layout=Layout.PAIRS, taps=taps)
+        weight = weight._replace(layout=layout, taps=taps)
         x = torch.empty(shape, dtype=torch.bfloat16).contiguous(memory_format=form)
         shape = _native.ConvShape(
             batch, 1, channels, height, width, height, width, kernel, kernel, 1, 1, 1, 1, 1, 1
@@ -138,6 +144,9 @@ def test_the_work_of_a_convolution_chooses_the_way() -> None:
     assert small(*deep, torch.channels_last)
     assert not small(*deep, torch.contiguous_format)
     assert not small(*early, torch.channels_last)
+    middle = ((1, 256, 56, 56), 256, 3)
+    assert small(*middle, torch.channels_last, Layout.DENSE)
+    assert not small(*middle, torch.channels_last, Layout.PAIRS)
     assert small((1, 64, 14, 14), 64, 3, torch.contiguous_format)
     assert not small((1, 18, 40, 40), 512, 3, torch.channels_last)  # 18 channels: no 16 bytes
 

@@ -114,10 +114,10 @@ BUDGETS = {
     "matmul_dense<8, 2, bfloat16>": Loop("HMMA", 8, ("LDGSTS",), 1, 224),
     "matmul_dense<5, 2, bfloat16>": Loop("HMMA", 8, ("LDGSTS",), 1, 238),
     "matmul_dense<8, 8, bfloat16>": Loop("HMMA", 64, ("LDGSTS",), 2, 231),
-    # A window of 16 rows and 248 columns times 16 columns, where a warp has two such, and times 64.
-    # With seven chunks a lane, six of them loaded ahead: 1,792 non-zeros; and 4 and 16 copies of X.
-    "matmul_pairs<8, 2, bfloat16>": Loop("HMMA", 64, (WIDE_LOAD, "LDGSTS", LOOKUP), 2, 627),
-    "matmul_pairs<8, 8, bfloat16>": Loop("HMMA", 128, (WIDE_LOAD, "LDGSTS", LOOKUP), 1, 1174),
+    # A window of 16 rows and 248 columns, of which a warp has two, times 16 columns and times 64.
+    # With four chunks a lane: 1,024 non-zeros; and 4 and 16 copies of X.
+    "matmul_pairs<8, 2, bfloat16>": Loop("HMMA", 64, (WIDE_LOAD, "LDGSTS", LOOKUP), 2, 548),
+    "matmul_pairs<8, 8, bfloat16>": Loop("HMMA", 256, (WIDE_LOAD, "LDGSTS", LOOKUP), 2, 812),
     # A unit and 32 rows of x, both gradients; pairs: with 512 non-zeros.
     "backward_dense<8, 2, 3, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD,), 1, 580),
     "backward_pairs<8, 2, 3, bfloat16>": Loop("HMMA", 32, (WIDE_LOAD, "STS"), 1, 800),

@@ -5,6 +5,7 @@ Every alternative is forced in turn, at sizes around the one where they should c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from benchmarks.gpu.layers import Layer, make_layer
 from benchmarks.gpu.sizes import ALEXNET, VGG16
 from benchmarks.shapes import ConvShape
 from placekern import _native, device, device_backward, ops
-from placekern.packing import Layout
+from placekern.packing import DEVICE_LAYOUTS, Layout
 
 MANY = 1 << 60
 
@@ -28,11 +29,10 @@ MANY = 1 << 60
 @contextmanager
 def forced(way: str, splits: int | None = None) -> Iterator[None]:
     """Holds the choice of device.py: "direct", "matmul" or "slices", with so many splits."""
-    columns = {"_DIRECT_COLUMNS": MANY, "_EXACT_COLUMNS": MANY}
+    settings: dict[str, Any] = {"_DIRECT_COLUMNS": MANY, "_EXACT_COLUMNS": MANY}
     if way != "direct":
-        columns = {"_DIRECT_COLUMNS": 0, "_MATMUL_COLUMNS": MANY}
-        columns |= {"_COPIED_PRODUCTS": MANY, "_GATHERED_PRODUCTS": MANY}
-    settings: dict[str, Any] = dict(columns)
+        settings = {"_DIRECT_COLUMNS": 0, "_MATMUL_COLUMNS": MANY, "_GATHERED_PRODUCTS": MANY}
+        settings["_COPIED_PRODUCTS"] = dict.fromkeys(DEVICE_LAYOUTS, MANY)
     if splits is not None:
         settings |= {name: lambda *_: splits for name in ("_direct_splits", "_matmul_splits")}
     with mock.patch.multiple(device, **settings):
@@ -133,16 +133,17 @@ def _convolutions(bench: Bench) -> None:
         shapes = [bench.sizes.networks["Small"][1]]
     for shape in shapes:
         K = shape.channels // shape.groups * shape.kernel**2
-        layer = make_layer(shape.M, K, 0.3, 8, bench.device)
-        for batch in (1, 2, 4):
-            if not bench.in_time(f"way of {shape.name}, batch {batch}"):
+        for batch, bits in itertools.product((1, 2), (8, 5)):  # pairs, and a code for each position
+            if not bench.in_time(f"way of {shape.name}, batch {batch}, {bits} bits"):
                 return
+            layer = make_layer(shape.M, K, 0.3, bits, bench.device)
             runs = {}
             for name, own in (("NCHW", layer), ("NHWC", layer.by_tap(shape.kernel**2))):
                 run = _conv2d(bench, own, shape, batch)
                 runs |= {f"{way}, {name}": held(run, way) for way in ("matmul", "slices")}
             products = shape.M * K * batch * shape.size**2
-            case = {"layer": shape.name, "batch": batch, "million products": products // 10**6}
+            case = {"layer": shape.name, "layout": layer.weight.layout.name.lower(), "batch": batch}
+            case["million products"] = products // 10**6
             _record(bench, "way of conv2d", case, runs)
 
 

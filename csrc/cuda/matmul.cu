@@ -27,7 +27,7 @@ void with_kernel(const MatmulArgs& args, bool ring, F f) {
           DenseShared<kWidth, kTiles, T>::bytes(args.source.image, share(args.weight.units()),
                                                 ring));
     } else {
-        constexpr int kRows = kWarps * kPairsBlocks<kTiles, T> * kUnitRows;
+        constexpr int kRows = kWarps * kPairsBlocks<T> * kUnitRows;
         f(matmul_pairs<kWidth, kTiles, T>, BlockRows<kRows>::blocks(args),
           PairsShared<kWidth, kTiles, T>::bytes(args.source.image, share(args.weight.windows())));
     }

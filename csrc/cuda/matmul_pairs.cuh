@@ -10,10 +10,9 @@ namespace placekern::cuda {
 namespace {
 
 // How many 16-row blocks a warp has: two, so that X is read half as often. The first is held in
-// registers while the second is put together; for that TF32 operands take too many, and so do the
-// sums of 64 columns.
-template <int kTiles, class T>
-constexpr int kPairsBlocks = kTiles <= 4 && sizeof(T) == 2 ? 2 : 1;
+// registers while the second is put together; for that TF32 operands take too many.
+template <class T>
+constexpr int kPairsBlocks = sizeof(T) == 2 ? 2 : 1;
 
 template <int kWidth, int kTiles, class T>
 struct PairsShared {
@@ -24,7 +23,7 @@ struct PairsShared {
         const size_t loop =
             Table<kWidth>::kBytes + (kWarps * kUnitRows + kColumns) * kRowBytes +
             (image ? kColumns * sizeof(Pixel) + windows_per_split * kWindowSlots * sizeof(Tap) : 0);
-        return std::max(loop, Staged<kTiles, kPairsBlocks<kTiles, T>>::kBytes);
+        return std::max(loop, Staged<kTiles, kPairsBlocks<T>>::kBytes);
     }
 };
 
@@ -46,16 +45,21 @@ class RowRuns {
     template <class F>
     __device__ __forceinline__ void take(const DeviceWeight& weight, int left, F f) {
         const int own = count_ - static_cast<int>(threadIdx.x % 2);
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-            if (2 * i < own) f(ahead_[i]);
 #pragma unroll 1
-        for (int i = 2 * kAhead; i < own; i += 2) f(__ldcs(next_ + i));
+        for (int first = 0; first < own; first += 2 * kAhead) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const uint4 chunk = ahead_[i];
+                const int place = first + 2 * i;
+                if (place + 2 * kAhead < own) ahead_[i] = __ldcs(next_ + place + 2 * kAhead);
+                if (place < own) f(chunk);
+            }
+        }
         start(weight, left - 1);
     }
 
   private:
-    static constexpr int kAhead = 6;  // chunks on their way while a window is worked on
+    static constexpr int kAhead = 4;  // chunks on their way
 
     __device__ __forceinline__ void start(const DeviceWeight& weight, int left) {
         next_ += count_;
@@ -132,7 +136,7 @@ template <int kWidth, int kTiles, class T>
 __global__ void __launch_bounds__(kWarps* kWarp, kTiles == 2 ? resident_blocks_of_16() : 2)
     matmul_pairs(MatmulArgs args) {
     using Shared = PairsShared<kWidth, kTiles, T>;
-    constexpr int kRowBlocks = kPairsBlocks<kTiles, T>;
+    constexpr int kRowBlocks = kPairsBlocks<T>;
     constexpr int kUnits = kWindowSlots / kUnitColumns;
     constexpr int kRowVectors = kWindowSlots * sizeof(T) / (16 * kWarp);  // of a row, for a lane
     const DeviceWeight& weight = args.weight;
