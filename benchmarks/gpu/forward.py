@@ -73,19 +73,23 @@ def conv_target(batch: int) -> float:
 
 
 def conv2d(bench: Bench) -> None:
-    """All convolutions of a network in bfloat16, a row a layer and one for their sum."""
+    """All convolutions of a network in bfloat16, a row a layer and one for their sum.
+
+    In 8 bits, as pairs; at batch 1 in 5 bits too, with a code for every position.
+    """
     for network, shapes in bench.sizes.networks.items():
-        layers = [_layer(bench, shape) for shape in shapes]
-        for batch in bench.sizes.conv_batches:
-            what = f"conv2d {network}, batch {batch}"
-            if bench.in_time(what):
-                with bench.case(what):
-                    _network(bench, network, shapes, layers, batch)
+        for bits in BITS:
+            layers = [_layer(bench, shape, bits) for shape in shapes]
+            for batch in bench.sizes.conv_batches if bits == 8 else (1,):
+                what = f"conv2d {network}, {bits} bits, batch {batch}"
+                if bench.in_time(what):
+                    with bench.case(what):
+                        _network(bench, network, shapes, layers, batch)
 
 
-def _layer(bench: Bench, shape: ConvShape) -> Layer:
+def _layer(bench: Bench, shape: ConvShape, bits: int) -> Layer:
     K = shape.channels // shape.groups * shape.kernel**2
-    return make_layer(shape.M, K, CONV_DENSITY, 8, bench.device)
+    return make_layer(shape.M, K, CONV_DENSITY, bits, bench.device)
 
 
 def _network(
@@ -111,7 +115,12 @@ def _network(
     bench.rows.append(
         Row(
             "conv2d, all layers",
-            {"network": network, "batch": batch, "weight memory": f"{share:.3f} of float32"},
+            {
+                "network": network,
+                "bits": layers[0].weight.bits,
+                "batch": batch,
+                "weight memory": f"{share:.3f} of float32",
+            },
             times,
             own,
             peer,
@@ -149,6 +158,7 @@ def _conv2d(bench: Bench, network: str, shape: ConvShape, layer: Layer, batch: i
         {
             "network": network,
             "layer": shape.name,
+            "bits": layer.weight.bits,
             "batch": batch,
             "layout": layer.weight.layout.name.lower(),
             "weight bytes": layer.weight.nbytes,

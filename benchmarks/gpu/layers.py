@@ -2,8 +2,8 @@
 
 Weights are heavy-tailed and pruned by size, and the codebook is fitted by k-means, so that the
 rarest code is as rare as in practice. The surprise: a large layer repeats some rows of its own.
-Packing works on numpy and would take minutes; what a GPU reads is as long, and as random, as if
-every row were another.
+Drawing, pruning and packing all of them would take longer than what is timed; what a GPU reads is
+as long, and as random, as if every row were another.
 """
 
 from __future__ import annotations
