@@ -30,7 +30,6 @@ _MATMUL_COLUMNS = 64
 _COPIED_PRODUCTS = {Layout.DENSE: 2_000_000_000, Layout.PAIRS: 1_000_000_000}
 _GATHERED_PRODUCTS = 200_000_000
 
-_BLOCK_ROWS = 64  # of `device_matmul`: 64 or 128
 _DECODED_ROWS = 65_535 * 16  # as many blocks as a grid may have
 _COMPUTED = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
@@ -107,7 +106,7 @@ def conv2d(
     way = _native.way()
     tensor_cores = has_tensor_cores(x, x.dtype == torch.float32 and _tf32_conv())
     tensor_cores = tensor_cores and weight.codebooks == 1
-    small = way == "direct" or _products(weight, shape) <= _most_products(weight, shape, x)
+    small = way == "direct" or _products(weight, shape, x) <= _most_products(weight, shape, x)
     # A kernel that reads 16 rows at once must not read those of two groups.
     apart = shape.groups == 1 or weight.layout == Layout.PAIRS
     apart = apart or weight.M // shape.groups % device_packing.UNIT_ROWS == 0
@@ -123,9 +122,10 @@ def conv2d(
     return y.relu_() if relu else y
 
 
-def _products(weight: _native.Weight, shape: _native.ConvShape) -> int:
+def _products(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> int:
     """Multiply-adds that `device_matmul` would do, with those on rows and columns of padding."""
-    rows = shape.groups * -(-weight.M // shape.groups // _BLOCK_ROWS) * _BLOCK_ROWS
+    block_rows = 128 if x.element_size() == 2 else 64
+    rows = shape.groups * -(-weight.M // shape.groups // block_rows) * block_rows
     dense = weight.layout == Layout.DENSE
     columns = device_packing.UNIT_COLUMNS if dense else device_packing.PAIRS_WINDOW
     return rows * _steps(weight) * columns * shape.batch * shape.pixels

@@ -138,7 +138,7 @@ def test_the_work_of_a_convolution_chooses_the_way() -> None:
         shape = _native.ConvShape(
             batch, 1, channels, height, width, height, width, kernel, kernel, 1, 1, 1, 1, 1, 1
         )
-        return device._products(weight, shape) <= device._most_products(weight, shape, x)
+        return device._products(weight, shape, x) <= device._most_products(weight, shape, x)
 
     deep, early = ((1, 512, 14, 14), 512, 3), ((1, 64, 224, 224), 64, 3)
     assert small(*deep, torch.channels_last)
