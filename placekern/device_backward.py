@@ -38,7 +38,7 @@ def linear_backward(
     device.check("linear_backward", x, weight)
     N = x.shape[0]
     fused = x.dtype != torch.float32 and N <= _FUSED_ROWS and _native.way() != "decode"
-    fused = fused and weight.codebooks == 1
+    fused = fused and weight.codebooks == 1 and N > 0  # torch 2.6 pads no grad_y without rows
     if fused and (plan := _native.device_linear_backward_plan(weight, x, wanted)).warps:
         x = x.contiguous()
         grad_x = torch.empty_like(x) if wanted[0] else None
