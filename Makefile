@@ -68,7 +68,7 @@ gpu:
 
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[dev]'
+	PLACEKERN_WERROR=on PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 Environment: PLACEKERN_CUDA=auto|on|off says whether `placekern._cuda` is built ("auto": when nvcc
 is found), PLACEKERN_CUDA_ARCHS which GPUs it serves, as CMake writes them ("75;80;86;89;90").
+PLACEKERN_WERROR=on makes warnings errors, as `make` does: compilers of users know others than ours.
 """
 
 import os
@@ -91,6 +92,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPLACEKERN_CUDA={'ON' if nvcc else 'OFF'}",
+            f"-DPLACEKERN_WERROR={os.environ.get('PLACEKERN_WERROR', 'off')}",
         ]
         if nvcc:
             archs = os.environ.get("PLACEKERN_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)

@@ -108,6 +108,27 @@ class Gpu:
         )
 
 
+def end_after_a_fault() -> None:
+    """After a fault on the device nothing works in this process: ends one of several workers.
+
+    pytest-xdist names the test and starts another, so that the others are not lost.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
+
+
+@pytest.fixture
+def faults_end_the_worker() -> Iterator[None]:
+    """For tests of a real GPU that do without `gpu`."""
+    yield
+    if torch.cuda.is_available():
+        end_after_a_fault()
+
+
 @pytest.fixture(params=["emulated", "cuda"])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """Runs a test on the emulator of tests/cuda_emulation, and on a GPU where there is one."""
@@ -115,6 +136,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         if not torch.cuda.is_available() or _native.cuda_devices() == 0:
             pytest.skip("no GPU, or built without CUDA")
         yield Gpu("cuda")
+        end_after_a_fault()
         return
     variant = os.environ.get("PLACEKERN_EMULATION", "plain")
     monkeypatch.setattr(_native.cuda, "_cuda", cuda_emulation.load(variant))

@@ -20,10 +20,13 @@ import placekern as pk
 from placekern import QuantSparseWeight, _native, device, ops
 from placekern.packing import Layout
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or _native.cuda_devices() == 0,
-    reason="no GPU, or built without CUDA",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or _native.cuda_devices() == 0,
+        reason="no GPU, or built without CUDA",
+    ),
+    pytest.mark.usefixtures("faults_end_the_worker"),
+]
 
 LAYOUTS = [Layout.DENSE, Layout.PAIRS]
 BUSY = 50_000_000  # cycles, some hundredths of a second

@@ -18,6 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from placekern import _native
 from placekern.packing import Layout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +114,24 @@ def test_a_wrong_result_is_noted_and_fails_the_run(load) -> None:
     assert own.check("y", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), 1e-2) == 0
 
 
-def test_stages_end_at_their_limit_and_the_next_one_runs(load, capsys) -> None:
+def test_after_a_fault_of_the_device_a_new_process_goes_on(
+    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, bench = load("__main__"), load("bench")
+    monkeypatch.setattr(_native.cuda, "_cuda", None)
+    monkeypatch.setattr(bench.Bench, "has_fault", lambda self: True)  # in this process only
+    arguments = ["--device", "emulated", "--output", str(tmp_path), "calls", "backward", "linear"]
+    with monkeypatch.context() as patched:
+        patched.setitem(main.SECTIONS, "calls", lambda bench: 1 / 0)
+        assert main.main(arguments) == 1
+    result = json.loads((tmp_path / "gpu-emulated-device.json").read_text())
+    assert len(result["problems"]) == 1
+    assert "calls: ZeroDivisionError" in result["problems"][0]
+    assert {row["section"] for row in result["rows"]} == {"linear_backward", "linear"}
+    assert "linear_backward" in (tmp_path / "gpu-emulated-device.md").read_text()
+
+
+def test_stages_end_at_their_limit_and_the_next_one_runs(load, capsys, tmp_path: Path) -> None:
     run = load("run")
     forever = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
     stages = [
@@ -121,13 +139,44 @@ def test_stages_end_at_their_limit_and_the_next_one_runs(load, capsys) -> None:
         run.Stage("wrong", [sys.executable, "-c", "print('words'); raise SystemExit(3)"], 60),
         run.Stage("right", [sys.executable, "-c", "print('the last line')"], 60),
     ]
-    for stage, limit in zip(stages, (1.0, 60.0, 60.0), strict=True):
-        run.run(stage, limit)
+    with (tmp_path / "gpu.log").open("w") as log:
+        for stage, limit in zip(stages, (1.0, 60.0, 60.0), strict=True):
+            run.run(stage, limit, log)
     assert [stage.failed for stage in stages] == [True, True, False]
     assert stages[0].outcome == "stopped after 1 s"
     assert stages[1].outcome == "failed with 3"
     assert stages[1].last_line == "words"
-    assert "the last line" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the last line" in printed
+    assert (tmp_path / "gpu.log").read_text() == printed
+
+
+def test_a_stage_says_what_it_knows_when_it_is_stopped(
+    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, ready = load("run"), tmp_path / "ready"
+    os.mkfifo(ready)
+
+    class AtItsLimit(subprocess.Popen):
+        """Its limit comes as soon as it is ready for it."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout == 60:
+                ready.read_text()
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", AtItsLimit)
+    monkeypatch.setattr(run, "WIND_DOWN", 600)
+    program = (
+        f"try:\n    open({str(ready)!r}, 'w').close()\n    while True: pass\n"
+        "except KeyboardInterrupt:\n    print('last words')"
+    )
+    stage = run.Stage("endless", [sys.executable, "-c", program], 60)
+    with (tmp_path / "gpu.log").open("w") as log:
+        run.run(stage, 60, log)
+    assert stage.outcome == "stopped after 60 s"
+    assert stage.last_line == "last words"
 
 
 def test_results_and_stages_come_together(load, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "emulated"], default="cuda")
     parser.add_argument("--output", type=Path, help="folder of the results")
+    parser.add_argument("--continued", action="store_true", help="adds to the results in --output")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after these")
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
     options = parser.parse_args(arguments)
@@ -63,26 +65,45 @@ def main(arguments: list[str] | None = None) -> int:
         torch.backends.cudnn.benchmark = True
         options.output = options.output or machine.ROOT / "benchmarks" / "results"
     bench.facts |= machine.describe(bench, machine.command_line())
+    if options.continued:
+        bench.earlier = json.loads(results(bench, options.output).read_text())
+    sections = options.sections or list(SECTIONS)
     with torch.inference_mode():
         machine.ceilings(bench)
-        for name in options.sections or SECTIONS:
+        for i, name in enumerate(sections):
             print(f"-- {name}", flush=True)
             with bench.case(name):
                 SECTIONS[name](bench)
             if options.output is not None:  # after each, so that what is stopped leaves results
                 write(bench, options.output)
+            if bench.has_fault() and sections[i + 1 :]:
+                return go_on(options, sections[i + 1 :], ends)
     for problem in bench.problems:
         print(f"FAILED {problem}")
     return 1 if bench.problems else 0
+
+
+def go_on(options: argparse.Namespace, sections: list[str], ends: float) -> int:
+    """The other sections in a new process, for a device that has met an error in this one."""
+    print("-- nothing works after this error: a new process goes on", flush=True)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--continued", "--device", options.device]
+    command += ["--output", str(options.output), "--seconds", str(ends - time.monotonic())]
+    subprocess.run([*command, *sections], check=False)
+    return 1
+
+
+def results(bench: Bench, folder: Path) -> Path:
+    """The file of the results; the page beside it is .md."""
+    return folder / f"gpu-{bench.facts['name']}.json"
 
 
 def write(bench: Bench, folder: Path) -> None:
     """Writes both forms of the results."""
     folder.mkdir(parents=True, exist_ok=True)
     result = bench.result()
-    stem = folder / f"gpu-{bench.facts['name']}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(report.markdown(result))
+    path = results(bench, folder)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report.markdown(result))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ class Bench:
     sweeps: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    earlier: dict[str, Any] = field(default_factory=dict)  # results that this run goes on from
 
     @property
     def emulated(self) -> bool:
@@ -81,6 +82,16 @@ class Bench:
         if not self.emulated:
             with suppress(RuntimeError):  # after a fault on the device, nothing works any more
                 torch.cuda.empty_cache()
+
+    def has_fault(self) -> bool:
+        """Whether the device has met an error after which nothing works in this process."""
+        if self.emulated:
+            return False
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
 
     def check(self, name: str, actual: Tensor, expected: Tensor, bound: float) -> float:
         """The relative error of a result.
@@ -129,12 +140,13 @@ class Bench:
 
     def result(self) -> dict[str, Any]:
         """Everything that was measured, for JSON."""
-        return {
-            **self.facts,
+        own = {
             "problems": self.problems,
             "rows": [asdict(row) for row in self.rows],
             "sweeps": self.sweeps,
         }
+        joined = {name: self.earlier.get(name, []) + found for name, found in own.items()}
+        return {**self.earlier, **self.facts, **joined}
 
 
 def randn(bench: Bench, *size: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
