@@ -60,7 +60,8 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -q
 
 # On a machine with a GPU, with a Python that has torch: build, tests, times and sanitizers in eight
-# minutes, without a network. Results go to $(GPU_RESULTS)/gpu-<name>.json and .md.
+# minutes, without a network. Results go to $(GPU_RESULTS)/gpu-<name>.json and .md, and all that is
+# printed to gpu.log.
 GPU_PYTHON ?= python3
 GPU_RESULTS ?= benchmarks/results
 gpu:

@@ -124,11 +124,12 @@ def conv2d(
 
 def _products(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> int:
     """Multiply-adds that `device_matmul` would do, with those on rows and columns of padding."""
-    block_rows = 128 if x.element_size() == 2 else 64
-    rows = shape.groups * -(-weight.M // shape.groups // block_rows) * block_rows
     dense = weight.layout == Layout.DENSE
+    N = shape.batch * shape.pixels
+    block_rows = 64 if x.element_size() == 4 or (dense and N <= 16) else 128
+    rows = shape.groups * -(-weight.M // shape.groups // block_rows) * block_rows
     columns = device_packing.UNIT_COLUMNS if dense else device_packing.PAIRS_WINDOW
-    return rows * _steps(weight) * columns * shape.batch * shape.pixels
+    return rows * _steps(weight) * columns * N
 
 
 def _most_products(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> int:

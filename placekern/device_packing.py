@@ -1,8 +1,8 @@
 """Bytes of a weight in GPU memory: a code for every position, or (place, code) pairs.
 
-Written for instructions rather than bytes, which is what limits a kernel there. Each function is
-numpy on arrays that were proven sound. csrc/cuda/layout.cuh reads the same bytes;
-docs/format.md describes them in words.
+Written for instructions rather than bytes, which is what limits a kernel there. Arrays that come
+in were proven sound. csrc/cuda/layout.cuh reads the same bytes; docs/format.md describes them in
+words.
 
 DENSE cuts the matrix into units of 16 rows x 64 columns and keeps a code at every position. No code
 is spent on zero: the rarest one stands for "pruned", and the few entries that really have it are
@@ -10,9 +10,9 @@ escapes, listed by unit. A warp reads a unit at once; lane 4 g + q owns columns 
 rows g and g + 8, which is also its part of a tensor-core fragment.
 
 PAIRS keeps 16 bytes for eight entries of one row and one window of 248 columns: eight places, then
-eight codes. A run that is no multiple of eight is filled up with place 248, where x is taken to be
-zero. The order within a run means nothing, and is chosen for the banks of shared memory, in
-csrc/cpu/pack_pairs.cpp.
+eight codes. A run that is no multiple of eight is filled up with places from 248 on, where x is
+taken to be zero. The order within a run means nothing, and is chosen for the banks of shared
+memory, in csrc/cpu/pack_pairs.cpp.
 
 In either the columns of a filter may lie tap by tap, the channels of a tap side by side: as in a
 filter in channels_last, and as an image in channels_last is read.

@@ -138,6 +138,22 @@ def test_pairs_that_a_warp_takes_at_once_lie_in_different_banks(
     assert np.mean(written) < writing
 
 
+def test_no_place_of_a_run_is_taken_twice() -> None:
+    M, K = 16, 700
+    packed = random_weight(M, K, 0.3, 8).to_layout(Layout.PAIRS)
+    windows = device_packing.windows(K)
+    positions = packed.positions.numpy()
+    counts = positions[4 * (M + 1) :][: M * windows].astype(np.int64)
+    ends = np.cumsum(counts)
+    places = packed.codes.numpy()[: 16 * ends[-1]].reshape(-1, 2, 8)[:, 0]
+    padding = 0
+    for begin, end in zip(ends - counts, ends, strict=True):
+        run = np.sort(places[begin:end].ravel())
+        assert (np.diff(run) > 0).all()  # else two lanes would write to one place
+        padding += (run >= device_packing.PAIRS_WINDOW).sum()
+    assert padding == 8 * ends[-1] - packed.nnz
+
+
 def test_the_core_packs_the_same_windows() -> None:
     assert _cpu.PAIRS_WINDOW == device_packing.PAIRS_WINDOW
 

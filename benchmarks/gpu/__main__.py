@@ -87,8 +87,9 @@ def go_on(options: argparse.Namespace, sections: list[str], ends: float) -> int:
     """The other sections in a new process, for a device that has met an error in this one."""
     print("-- nothing works after this error: a new process goes on", flush=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--continued", "--device", options.device]
-    command += ["--output", str(options.output), "--seconds", str(ends - time.monotonic())]
-    subprocess.run([*command, *sections], check=False)
+    left = max(0.0, ends - time.monotonic())
+    command += ["--output", str(options.output.resolve()), "--seconds", f"{left:.1f}"]
+    subprocess.run([*command, *sections], check=False, cwd=machine.ROOT)
     return 1
 
 

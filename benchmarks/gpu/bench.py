@@ -141,12 +141,13 @@ class Bench:
     def result(self) -> dict[str, Any]:
         """Everything that was measured, for JSON."""
         own = {
+            **self.facts,
             "problems": self.problems,
             "rows": [asdict(row) for row in self.rows],
             "sweeps": self.sweeps,
         }
-        joined = {name: self.earlier.get(name, []) + found for name, found in own.items()}
-        return {**self.earlier, **self.facts, **joined}
+        joined = {k: self.earlier.get(k, []) + v for k, v in own.items() if isinstance(v, list)}
+        return {**own, **self.earlier, **joined}
 
 
 def randn(bench: Bench, *size: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

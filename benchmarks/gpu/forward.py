@@ -75,7 +75,7 @@ def conv_target(batch: int) -> float:
 def conv2d(bench: Bench) -> None:
     """All convolutions of a network in bfloat16, a row a layer and one for their sum.
 
-    In 8 bits, as pairs; at batch 1 in 5 bits too, with a code for every position.
+    In 8 bits, as pairs; at batch 1 in 5 bits too, mostly with a code for every position.
     """
     for network, shapes in bench.sizes.networks.items():
         for bits in BITS:

@@ -199,6 +199,8 @@ def main() -> int:
     default = ROOT / "benchmarks" / "results"
     parser.add_argument("--results", type=Path, default=default, help="folder of the results")
     options = parser.parse_args()
+    # In the background a shell may ignore it, and stages would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ends, began = time.monotonic() + TOTAL, time.time()
     if sentence := problem():
         print(sentence, file=sys.stderr)

@@ -85,10 +85,10 @@ void pack_run(const PackPairsArgs& args, int64_t m, int64_t window, int64_t entr
 
     Positions taken[kMostChunks] = {};
     for (int n = 0; n < own * kChunk; ++n) {
-        // Behind the entries of a run comes padding.
+        // Behind the entries of a run comes padding, each in another place: two lanes may write it.
         const int place = n < count
                               ? static_cast<int>(args.col_ind[entry + n] - window * kPairsWindow)
-                              : kPairsWindow;
+                              : kPairsWindow + n - count;
         const int bank = place / 2 % kBanks;  // numbers of 16 bits
         const int tile_bank = (bank + row_shift) % kBanks;
         uint8_t cost[kMostChunks * kChunk];

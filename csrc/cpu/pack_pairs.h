@@ -10,6 +10,7 @@ namespace placekern {
 void count_chunks(int64_t M, int64_t K, const int64_t* row_ptr, const int32_t* col_ind,
                   uint8_t* run_chunks, int threads);
 
+// Fills the chunks of every run; what of them no entry takes has a place from 248 on and code 0.
 void pack_pairs(const PackPairsArgs& args);
 
 }  // namespace placekern

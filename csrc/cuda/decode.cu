@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) decode_pairs(DecodeArgs args) {
                     value[j] = bits_of(value_of(word, weight.codebook.dtype), T());
                 }
             }
-            // Padding goes to slot 248, which is not written out.
+            // Padding goes to slots from 248 on, which are not written out.
 #pragma unroll
             for (int j = 0; j < kChunk; ++j)
                 to[chunk_byte(now.pairs[i], j)] = static_cast<Bits>(value[j]);

@@ -229,8 +229,10 @@ __global__ void __launch_bounds__(kRowWarps* kWarp, kSharedX ? 2 : 1)
         for (int n = 0; n < kN; ++n)
             stage(shared_x + n * slots, rows[n], static_cast<int>(weight.K), slots);
     }
-    const int per_split = (row_end - row_first + args.out.splits - 1) / args.out.splits;
-    const int first = row_first + per_split * static_cast<int>(blockIdx.y);
+    // Of whole warps: the 32 chunks that one takes at once were put together for its banks.
+    const int share = (row_end - row_first + args.out.splits - 1) / args.out.splits;
+    const int per_split = (share + kWarp - 1) / kWarp * kWarp;
+    const int first = min(row_first + per_split * static_cast<int>(blockIdx.y), row_end);
     const int end = min(first + per_split, row_end);
     Chunks<kAhead> next;
     next.load(weight, first + lane, end);

@@ -1,4 +1,5 @@
-// The bytes of a weight in GPU memory, as placekern/device_packing.py writes them.
+// The bytes of a weight in GPU memory, as placekern/device_packing.py writes them, and
+// csrc/cpu/pack_pairs.cpp the pairs.
 // The surprise: no code means zero. In the dense layout the rarest code stands for "pruned", and
 // the entries that really have it are listed apart ("escapes"), so all 2^bits centroids are kept.
 #pragma once

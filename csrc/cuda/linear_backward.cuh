@@ -271,7 +271,7 @@ struct PairsTiles {
             at<uint32_t>(placekern_shared, kFirst + byte) = kAbsent;
     }
 
-    // Writes eight entries of a row. Padding comes to slots behind 248, where nobody looks.
+    // Writes eight entries of a row. Padding comes to slots from 248 on, where nobody looks.
     __device__ __forceinline__ static void scatter(int tile, int row, const uint4& chunk) {
         const uint32_t place[2] = {places(chunk.x, row), places(chunk.y, row)};
         const uint32_t code[2] = {chunk.z, chunk.w};

@@ -49,10 +49,12 @@ class RowRuns {
         for (int first = 0; first < own; first += 2 * kAhead) {
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
-                const uint4 chunk = ahead_[i];
                 const int place = first + 2 * i;
-                if (place + 2 * kAhead < own) ahead_[i] = __ldcs(next_ + place + 2 * kAhead);
-                if (place < own) f(chunk);
+                if (place < own) {
+                    const uint4 chunk = ahead_[i];
+                    if (place + 2 * kAhead < own) ahead_[i] = __ldcs(next_ + place + 2 * kAhead);
+                    f(chunk);
+                }
             }
         }
         start(weight, left - 1);
@@ -108,7 +110,7 @@ __device__ __forceinline__ void multiply(float (&sums)[kRowBlocks][kTiles][4],
     }
 }
 
-// Writes the eight values of a chunk into a row of a tile; padding goes to place 248.
+// Writes the eight values of a chunk into a row of a tile; padding goes to places from 248 on.
 template <class T>
 __device__ __forceinline__ void scatter(T* row, const uint4& chunk, const uint32_t value[kChunk]) {
 #pragma unroll

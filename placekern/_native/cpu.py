@@ -1,4 +1,4 @@
-"""Loads `_cpu` and hands it tensors.
+"""Loads `_cpu` and hands it tensors, and packing its arrays.
 
 torch is imported first on purpose: the core then finds torch's OpenMP library already loaded and
 both share one pool of threads. Sizes and dtypes are checked by the caller; see `ops`.
