@@ -27,7 +27,7 @@ _EXACT_COLUMNS = 8  # float32 without TF32: beyond this the dense library is qui
 _MATMUL_COLUMNS = 64
 # Multiply-adds of a convolution that tensor cores take on windows of the image: copied by 16 bytes,
 # or gathered by elements. Decoded slices cost a launch, and then cuDNN is the quicker.
-_COPIED_PRODUCTS = {Layout.DENSE: 2_000_000_000, Layout.PAIRS: 1_000_000_000}
+_COPIED_PRODUCTS: dict[int, int] = {Layout.DENSE: 2_000_000_000, Layout.PAIRS: 1_000_000_000}
 _GATHERED_PRODUCTS = 200_000_000
 
 _DECODED_ROWS = 65_535 * 16  # as many blocks as a grid may have
@@ -135,7 +135,7 @@ def _products(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> in
 def _most_products(weight: _native.Weight, shape: _native.ConvShape, x: Tensor) -> int:
     """Up to how many `device_matmul` is the way to take."""
     if copies_windows(weight, shape, x):
-        return _COPIED_PRODUCTS[Layout(weight.layout)]
+        return _COPIED_PRODUCTS[weight.layout]
     return _GATHERED_PRODUCTS
 
 

@@ -125,8 +125,7 @@ def end_after_a_fault() -> None:
 def faults_end_the_worker() -> Iterator[None]:
     """For tests of a real GPU that do without `gpu`."""
     yield
-    if torch.cuda.is_available():
-        end_after_a_fault()
+    end_after_a_fault()
 
 
 @pytest.fixture(params=["emulated", "cuda"])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import CONVOLUTIONS, random_weight, relative_error
 
 import placekern as pk
-from placekern import _native, device, ops
+from placekern import QuantSparseWeight, _native, device, ops
 from placekern.ops import common
 from placekern.packing import Layout
 
@@ -244,18 +244,19 @@ def test_columns_behind_the_last_are_in_no_image(gpu: Gpu, layout: Layout) -> No
 def test_a_kernel_that_reaches_far(gpu: Gpu, layout: Layout) -> None:
     weight = random_weight(20, 6, 0.6, 8)
     x = torch.randn(1, 3, 40_010, 1).bfloat16()
-    with torch.backends.cudnn.flags(enabled=False):  # it need not have an engine for that
-        y = ops.conv2d(
-            gpu.tensor(x), gpu.weight(weight, layout), kernel_size=(2, 1), dilation=(40_000, 1)
-        )
+
+    def run(weight: QuantSparseWeight) -> torch.Tensor:
+        with torch.backends.cudnn.flags(enabled=False):  # it need not have an engine for that
+            return ops.conv2d(gpu.tensor(x), weight, kernel_size=(2, 1), dilation=(40_000, 1))
+
+    y = run(gpu.weight(weight, layout))
     wanted = F.conv2d(
         x.double(), weight.to_dense().double().view(20, 3, 2, 1), None, 1, 0, (40_000, 1)
     )
     assert relative_error(y.cpu(), wanted) < 1.2e-2
     leaf = gpu.weight(weight, layout)
     leaf.codebook.requires_grad_()
-    with torch.backends.cudnn.flags(enabled=False):
-        y = ops.conv2d(gpu.tensor(x), leaf, kernel_size=(2, 1), dilation=(40_000, 1))
+    y = run(leaf)
     with pytest.raises(ValueError, match="dilation 40000 x 1 reaches over more than 32,767 pixels"):
         y.sum().backward()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -82,6 +83,26 @@ def test_bytes_keep_to_the_budget(density: float, bits: int) -> None:
     assert packed.layout == (Layout.DENSE if 18 * density > bits else Layout.PAIRS)
 
 
+class Pairs(NamedTuple):
+    """A weight in PAIRS: first chunk of each row, chunks of each run, window and places of each."""
+
+    chunk_ptr: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    window: NDArray[np.int64]
+    places: NDArray[np.int64]
+
+    @staticmethod
+    def of(packed: QuantSparseWeight) -> Pairs:
+        M, K = packed.shape
+        runs = M * device_packing.windows(K)
+        positions = packed.positions.numpy()
+        chunk_ptr = positions[: 4 * (M + 1)].view("<i4").astype(np.int64)
+        total = chunk_ptr[M]
+        counts, window = np.split(positions[4 * (M + 1) :][: runs + total].astype(np.int64), [runs])
+        places = packed.codes.numpy()[: 16 * total].reshape(total, 2, 8)[:, 0].astype(np.int64)
+        return Pairs(chunk_ptr, counts.reshape(M, -1), window, places)
+
+
 def wavefronts(words: NDArray[np.int64]) -> int:
     """How often shared memory is used for what the lanes of a warp want at once: [lanes] words.
 
@@ -102,13 +123,7 @@ def test_pairs_that_a_warp_takes_at_once_lie_in_different_banks(
 ) -> None:
     M, K = 16, 16_384
     packed = random_weight(M, K, density, 8).to_layout(Layout.PAIRS)
-    windows = device_packing.windows(K)
-    positions = packed.positions.numpy()
-    chunk_ptr = positions[: 4 * (M + 1)].view("<i4")
-    total = int(chunk_ptr[M])
-    counts = positions[4 * (M + 1) :][: M * windows].reshape(M, windows).astype(np.int64)
-    window = positions[4 * (M + 1) + M * windows :][:total].astype(np.int64)
-    places = packed.codes.numpy()[: 16 * total].reshape(total, 2, 8)[:, 0].astype(np.int64)
+    chunk_ptr, counts, window, places = Pairs.of(packed)
 
     # Lane l of direct_pairs has chunk l of 32 that follow each other in a row, and looks x up for
     # pair j of all of them at once; x has 16 bits, and a window 256 slots.
@@ -125,7 +140,7 @@ def test_pairs_that_a_warp_takes_at_once_lie_in_different_banks(
     # that row of a tile at once; it has 16 bits, and a row 264 slots.
     first_of_run = chunk_ptr[:-1, None] + np.cumsum(counts, 1) - counts
     written = []
-    for w in range(windows):
+    for w in range(counts.shape[1]):
         for step in range(0, counts[:, w].max(), 2):
             own = [
                 (first_of_run[m, w] + c, m)
@@ -139,15 +154,11 @@ def test_pairs_that_a_warp_takes_at_once_lie_in_different_banks(
 
 
 def test_no_place_of_a_run_is_taken_twice() -> None:
-    M, K = 16, 700
-    packed = random_weight(M, K, 0.3, 8).to_layout(Layout.PAIRS)
-    windows = device_packing.windows(K)
-    positions = packed.positions.numpy()
-    counts = positions[4 * (M + 1) :][: M * windows].astype(np.int64)
+    packed = random_weight(16, 700, 0.3, 8).to_layout(Layout.PAIRS)
+    _, counts, _, places = Pairs.of(packed)
     ends = np.cumsum(counts)
-    places = packed.codes.numpy()[: 16 * ends[-1]].reshape(-1, 2, 8)[:, 0]
     padding = 0
-    for begin, end in zip(ends - counts, ends, strict=True):
+    for begin, end in zip(ends - counts.ravel(), ends, strict=True):
         run = np.sort(places[begin:end].ravel())
         assert (np.diff(run) > 0).all()  # else two lanes would write to one place
         padding += (run >= device_packing.PAIRS_WINDOW).sum()

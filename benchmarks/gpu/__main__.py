@@ -76,8 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
                 SECTIONS[name](bench)
             if options.output is not None:  # after each, so that what is stopped leaves results
                 write(bench, options.output)
-            if bench.has_fault() and sections[i + 1 :]:
-                return go_on(options, sections[i + 1 :], ends)
+            left = sections[i + 1 :]
+            if left and bench.has_fault():
+                return go_on(options, left, ends)
     for problem in bench.problems:
         print(f"FAILED {problem}")
     return 1 if bench.problems else 0

@@ -211,10 +211,10 @@ def main() -> int:
     device = torch.cuda.get_device_name(0)
     major, minor = torch.cuda.get_device_capability(0)
     print(f"{device}, compute capability {major}.{minor}, torch {torch.__version__}", flush=True)
-    done = stages(options.results.resolve(), f"{major}{minor}")
+    results = options.results.resolve()
+    done = stages(results, f"{major}{minor}")
     for stage in done:
         stage.folder.mkdir(parents=True, exist_ok=True)
-    results = options.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
     with (results / "gpu.log").open("w") as log:
         for stage in done:

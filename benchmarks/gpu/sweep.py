@@ -5,7 +5,6 @@ Every alternative is forced in turn, at sizes around the one where they should c
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -133,18 +132,21 @@ def _convolutions(bench: Bench) -> None:
         shapes = [bench.sizes.networks["Small"][1]]
     for shape in shapes:
         K = shape.channels // shape.groups * shape.kernel**2
-        for batch, bits in itertools.product((1, 2), (8, 5)):  # pairs, and a code for each position
-            if not bench.in_time(f"way of {shape.name}, batch {batch}, {bits} bits"):
-                return
+        for bits in (8, 5):  # pairs, and a code for each position
             layer = make_layer(shape.M, K, 0.3, bits, bench.device)
-            runs = {}
-            for name, own in (("NCHW", layer), ("NHWC", layer.by_tap(shape.kernel**2))):
-                run = _conv2d(bench, own, shape, batch)
-                runs |= {f"{way}, {name}": held(run, way) for way in ("matmul", "slices")}
-            products = shape.M * K * batch * shape.size**2
-            case = {"layer": shape.name, "layout": layer.weight.layout.name.lower(), "batch": batch}
-            case["million products"] = products // 10**6
-            _record(bench, "way of conv2d", case, runs)
+            formats = {"NCHW": layer, "NHWC": layer.by_tap(shape.kernel**2)}
+            layout = layer.weight.layout.name.lower()
+            for batch in (1, 2):
+                if not bench.in_time(f"way of {shape.name}, {bits} bits, batch {batch}"):
+                    return
+                runs = {}
+                for name, own in formats.items():
+                    run = _conv2d(bench, own, shape, batch)
+                    runs |= {f"{way}, {name}": held(run, way) for way in ("matmul", "slices")}
+                products = shape.M * K * batch * shape.size**2
+                case = {"layer": shape.name, "layout": layout, "batch": batch}
+                case["million products"] = products // 10**6
+                _record(bench, "way of conv2d", case, runs)
 
 
 def _conv2d(bench: Bench, layer: Layer, shape: ConvShape, batch: int) -> Run:

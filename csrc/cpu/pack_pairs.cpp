@@ -19,7 +19,10 @@ constexpr int kBanks = 32;     // of four bytes; also the lanes of a warp
 constexpr int kWarpRows = 16;  // that a warp of `matmul` puts into shared memory at once,
 constexpr int kRowChunks = 2;  // and how many chunks of each
 constexpr int kRowShift = 4;   // banks from a row of its tile to the next
-constexpr int kMostChunks = (kPairsWindow + kChunk - 1) / kChunk;  // of a run
+
+constexpr int chunks_of(int entries) { return (entries + kChunk - 1) / kChunk; }
+
+constexpr int kMostChunks = chunks_of(kPairsWindow);  // of a run
 
 // What it costs to use a bank once more than the most used one is; half of it if the bank is used
 // once less, and so on. More or less steep, it made no difference.
@@ -71,7 +74,7 @@ int run_length(const int64_t* row_ptr, const int32_t* col_ind, int64_t m, int64_
     return static_cast<int>(last - entry);
 }
 
-int chunks_of(int entries) { return (entries + kChunk - 1) / kChunk; }
+int64_t windows_of(int64_t K) { return (K + kPairsWindow - 1) / kPairsWindow; }
 
 // Packs a run: `count` entries from `entry` on, into the chunks that start with number `chunk` of
 // their row. `direct`: of that row's even and odd warps; `matmul`: of the window's warps.
@@ -80,8 +83,9 @@ void pack_run(const PackPairsArgs& args, int64_t m, int64_t window, int64_t entr
     const int own = chunks_of(count);
     const int row_shift = static_cast<int>(m % kWarpRows) * kRowShift;
     uint8_t* const chunks = args.chunks + 2 * kChunk * (args.chunk_ptr[m] + int64_t{chunk});
+    const auto direct_of = [&](int i) -> Banks& { return direct[(chunk + i) / kBanks % 2]; };
     for (int i = 0; i < own; ++i)
-        if ((chunk + i) % kBanks == 0) direct[(chunk + i) / kBanks % 2].clear();  // a warp's first
+        if ((chunk + i) % kBanks == 0) direct_of(i).clear();  // a warp's first
 
     Positions taken[kMostChunks] = {};
     for (int n = 0; n < own * kChunk; ++n) {
@@ -93,8 +97,8 @@ void pack_run(const PackPairsArgs& args, int64_t m, int64_t window, int64_t entr
         const int tile_bank = (bank + row_shift) % kBanks;
         uint8_t cost[kMostChunks * kChunk];
         for (int i = 0; i < own; ++i) {
-            const Positions sum = direct[(chunk + i) / kBanks % 2].cost(bank) +
-                                  matmul[i / kRowChunks].cost(tile_bank) + taken[i];
+            const Positions sum =
+                direct_of(i).cost(bank) + matmul[i / kRowChunks].cost(tile_bank) + taken[i];
             std::memcpy(cost + i * kChunk, &sum, kChunk);
         }
         const int slots = own * kChunk;
@@ -104,7 +108,7 @@ void pack_run(const PackPairsArgs& args, int64_t m, int64_t window, int64_t entr
         const int i = static_cast<int>(found - cost) / kChunk;
         const int position = static_cast<int>(found - cost) % kChunk;
         reinterpret_cast<uint8_t*>(&taken[i])[position] = kTaken;
-        direct[(chunk + i) / kBanks % 2].use(bank, position);
+        direct_of(i).use(bank, position);
         matmul[i / kRowChunks].use(tile_bank, position);
         uint8_t* const to = chunks + 2 * kChunk * i + position;
         to[0] = static_cast<uint8_t>(place);
@@ -116,7 +120,7 @@ void pack_run(const PackPairsArgs& args, int64_t m, int64_t window, int64_t entr
 
 void count_chunks(int64_t M, int64_t K, const int64_t* row_ptr, const int32_t* col_ind,
                   uint8_t* run_chunks, int threads) {
-    const int64_t windows = (K + kPairsWindow - 1) / kPairsWindow;
+    const int64_t windows = windows_of(K);
 #pragma omp parallel for num_threads(threads)
     for (int64_t m = 0; m < M; ++m) {
         int64_t entry = row_ptr[m];
@@ -129,7 +133,7 @@ void count_chunks(int64_t M, int64_t K, const int64_t* row_ptr, const int32_t* c
 }
 
 void pack_pairs(const PackPairsArgs& args) {
-    const int64_t windows = (args.K + kPairsWindow - 1) / kPairsWindow;
+    const int64_t windows = windows_of(args.K);
     const int64_t blocks = (args.M + kWarpRows - 1) / kWarpRows;
 #pragma omp parallel for schedule(dynamic) num_threads(args.threads)
     for (int64_t block = 0; block < blocks; ++block) {
